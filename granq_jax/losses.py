@@ -1,0 +1,122 @@
+"""The losses of generator and student, one pure function each.
+
+``teacher`` and ``student`` are logits (N, C), ``labels`` integers (N,), t and s stand for the
+logits of one sample. H is the entropy in nats. The discrepancy, agreement, balance and distillation
+terms are those of AdaDFQ (Qian et al., CVPR 2023), which GranQ trains with; the batch-norm
+statistics loss is that of GDFQ (Xu et al., ECCV 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Keeps the normalised entropy finite where all samples have the greatest entropy, log C. It is
+# about the resolution of float32 near log C.
+_MIN_ENTROPY_SPAN = 1e-6
+
+
+def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """H(softmax(logits / temperature)) of every row: (N, C) to (N,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> entropy(jnp.zeros((1, 4))).round(4).tolist()  # log 4
+      [1.3863]
+    """
+    log_p = jax.nn.log_softmax(logits / temperature)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def discrepancy(teacher: jax.Array, student: jax.Array, labels: jax.Array) -> jax.Array:
+    """``ds``: mean cross-entropy of t - s and the label, a scalar; small where only the teacher knows it."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(teacher - student, labels))
+
+
+def agreement(teacher: jax.Array, student: jax.Array, labels: jax.Array) -> jax.Array:
+    """``as``: mean cross-entropy of t + s and the label, a scalar; small where both know it."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(teacher + student, labels))
+
+
+def balance_hinge(
+    teacher: jax.Array, student: jax.Array, lower: float, upper: float, axis_name: str | None = None
+) -> jax.Array:
+    """Keeps the disagreement of teacher and student between two bounds: a scalar.
+
+    With h = H(softmax(t - s)) and h' = (h - min h) / (log C - min h), the mean over the samples of
+    max(lower - h', 0) + max(h' - upper, 0).
+
+    Args:
+      teacher: (N, C).
+      student: (N, C).
+      lower: bound in [0, 1].
+      upper: bound in [0, 1].
+      axis_name: mapped axis that splits the batch; min h is then taken over all of it. (Gathered
+        and reduced, since the gradient flows through the minimum and ``lax.pmin`` has none.)
+    """
+    h = entropy(teacher - student)
+    everyone = h if axis_name is None else jax.lax.all_gather(h, axis_name)
+    least = jnp.min(everyone)
+    greatest = jnp.log(jnp.asarray(teacher.shape[-1], h.dtype))
+    normalised = (h - least) / jnp.maximum(greatest - least, _MIN_ENTROPY_SPAN)
+    return jnp.mean(jax.nn.relu(lower - normalised)) + jnp.mean(jax.nn.relu(normalised - upper))
+
+
+def batch_norm_statistics(
+    moments: Sequence[tuple[jax.Array, jax.Array]], running: Sequence[tuple[jax.Array, jax.Array]]
+) -> jax.Array:
+    """BNS: how far a batch is from the statistics the teacher was trained on, a scalar.
+
+    The mean over the batch norms of MSE(mean, running mean) + MSE(variance, running variance).
+
+    Args:
+      moments: mean and biased variance (C,) of the input of each batch norm.
+      running: the running mean and variance (C,) of each, in the same order.
+    """
+    terms = [
+        jnp.mean(jnp.square(mean - running_mean)) + jnp.mean(jnp.square(var - running_var))
+        for (mean, var), (running_mean, running_var) in zip(moments, running, strict=True)
+    ]
+    return jnp.mean(jnp.stack(terms))
+
+
+def distillation(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:
+    """L_S = -T^2 mean H(softmax((t - s) / T)), a scalar; least where t - s is the same for all classes."""
+    return -(temperature**2) * jnp.mean(entropy(teacher - student, temperature))
+
+
+def attention_distillation(
+    teachers: Sequence[jax.Array], students: Sequence[jax.Array], temperature: float = 8.0, weight: float = 1000.0
+) -> jax.Array:
+    """The refined feature distillation of AKT (Hong et al., ACM SAC 2025), a scalar.
+
+    A feature map x gives a channel attention, softmax over C of the mean of x^2 over the pixels, and
+    a spatial one, the mean of x^2 over C, scaled to unit 2-norm over the pixels. Each is softened by
+    softmax(. / temperature); the loss is ``weight`` times the sum over maps, samples and both kinds
+    of KL(teacher || student).
+
+    Args:
+      teachers: feature maps (N, H, W, C).
+      students: feature maps of the same shapes.
+      temperature: of the softened attentions.
+      weight: of the sum.
+    """
+
+    def attentions(x):
+        energy = jnp.square(x)
+        spatial = jnp.mean(energy, axis=-1).reshape(x.shape[0], -1)
+        norm = jnp.maximum(jnp.linalg.norm(spatial, axis=-1, keepdims=True), 1e-12)
+        return jax.nn.softmax(jnp.mean(energy, axis=(1, 2))), spatial / norm
+
+    def divergence(teacher, student):
+        log_t, log_s = (jax.nn.log_softmax(a / temperature) for a in (teacher, student))
+        return jnp.sum(jnp.exp(log_t) * (log_t - log_s))
+
+    return weight * sum(
+        divergence(of_teacher, of_student)
+        for teacher, student in zip(teachers, students, strict=True)
+        for of_teacher, of_student in zip(attentions(teacher), attentions(student), strict=True)
+    )

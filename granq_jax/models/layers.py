@@ -1,0 +1,72 @@
+"""Layers that the networks share. They know nothing of quantization."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}
+
+
+class Activation(nn.Module):
+    """A non-linearity as a module of its own, so that a transform of the model can find it.
+
+    Attributes:
+      kind: ``"relu"`` or ``"relu6"``.
+    """
+
+    kind: str = "relu"
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.kind](x)
+
+
+class NormAct(nn.Module):
+    """Batch norm, then an optional residual sum, then an optional activation: one neutral unit.
+
+    Attributes:
+      activation: of :class:`Activation`, or ``None`` for none.
+    """
+
+    activation: str | None = "relu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None, *, train: bool) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn")(x)
+        if residual is not None:
+            x = x + residual
+        return x if self.activation is None else Activation(self.activation, name="act")(x)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, padded to keep the size at stride 1, then :class:`NormAct`."""
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    activation: str | None = "relu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None, *, train: bool) -> jax.Array:
+        size, pad = (self.kernel_size,) * 2, self.kernel_size // 2
+        x = nn.Conv(self.features, size, self.strides, padding=pad, use_bias=False, name="conv")(x)
+        return NormAct(self.activation, name="norm")(x, residual, train=train)
+
+
+def batch_moments(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of every channel of ``x`` (N, ..., C), both (C,).
+
+    Args:
+      x: float array, channels last.
+      axis_name: mapped axis that splits the batch; the moments are then those of the whole batch.
+    """
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axes)
+    if axis_name is not None:
+        mean = jax.lax.pmean(mean, axis_name)
+    # Two sweeps instead of E[x^2] - E[x]^2, which loses all digits where the mean is large.
+    variance = jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
+    if axis_name is not None:
+        variance = jax.lax.pmean(variance, axis_name)
+    return mean, variance

@@ -1,0 +1,138 @@
+"""The affine arithmetic: ranges to scales and zero points, values to codes and back.
+
+For the elements that share a range, with n = 2^bits - 1 and h = 2^(bits - 1)::
+
+    scale = n / max(max(x) - min(x), 1e-8)
+    zero  = round(scale * min(x)) + h
+    code  = clip(round(scale * x - zero), -h, h - 1)
+    y     = (code + zero) / scale
+
+Rounding is half to even. The order of operations is that of the ZeroQ lineage of quantizers
+(Cai et al., CVPR 2020), which GranQ builds on; the clip, which that code lacks, keeps ties at the
+upper end of the range from needing a level that ``bits`` bits cannot hold.
+
+The formula is written once, for one group of elements that share a range (of an activation: the
+channel map of one sample), and vectorized over groups by ``jax.vmap``; XLA compiles that to the
+same fused reductions and element-wise pass as code written out with ``keepdims``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from granq_jax.quant.spec import check_bits, kept_axes
+
+MIN_RANGE = 1e-8
+
+
+@flax.struct.dataclass
+class QuantizedArray:
+    """Integer codes with the scale and zero point to read them: a pytree.
+
+    Attributes:
+      codes: int8, the shape of the array that was quantized.
+      scale: float, of the same rank with size 1 along every shared axis, so that it broadcasts.
+      zero_point: float like ``scale`` (a constant channel's does not fit an integer).
+      bits: the bit width, static.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    bits: int = flax.struct.field(pytree_node=False)
+
+
+def scale_and_zero_point(x: jax.Array, bits: int, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point of one group: all elements of ``x`` share a range.
+
+    Args:
+      x: float array of any shape.
+      bits: 2 to 8.
+      axis_name: mapped axis (of ``pmap`` or ``shard_map``) over which the range is taken as well.
+
+    Returns:
+      Two arrays of shape ``(1,) * x.ndim``.
+    """
+    low, high = jnp.min(x), jnp.max(x)
+    if axis_name is not None:
+        low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
+    scale = (2**bits - 1) / jnp.maximum(high - low, MIN_RANGE)
+    zero_point = jnp.round(scale * low) + 2 ** (bits - 1)
+    shape = (1,) * x.ndim
+    return scale.reshape(shape), zero_point.reshape(shape)
+
+
+def affine_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
+    """The codes of ``x``, still in floating point: ``clip(round(scale * x - zero), -h, h - 1)``."""
+    half = 2 ** (bits - 1)
+    return jnp.clip(jnp.round(scale * x - zero_point), -half, half - 1)
+
+
+def affine_values(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    """The values that codes stand for: ``(code + zero) / scale``."""
+    return (codes + zero_point) / scale
+
+
+def over_groups(function: Callable, granularity: str, ndim: int) -> Callable:
+    """Vectorizes ``function`` of one group over all groups that ``granularity`` makes of an array.
+
+    ``function`` maps an array to arrays of the same rank; so does the result, for ``ndim`` axes.
+    """
+    for axis in kept_axes(granularity, ndim):
+        # Ascending: the outer vmap takes away the higher axis, which leaves the lower one in place.
+        function = jax.vmap(function, in_axes=axis, out_axes=axis)
+    return function
+
+
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype the arithmetic is done in: float64 stays, anything narrower becomes float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_float(x: jax.Array) -> jax.Array:
+    """Returns ``x`` as an array; raises a ``TypeError`` if it does not hold floating-point numbers."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x: got dtype {x.dtype}, allowed are floating-point dtypes")
+    return x
+
+
+def quantize_codes(x: jax.Array, *, bits: int, granularity: str = "sample_channel") -> QuantizedArray:
+    """Quantizes ``x`` to integer codes.
+
+    Args:
+      x: float array of two or more dimensions: activations (N, ..., C) or kernels (..., I, O).
+      bits: 2 to 8.
+      granularity: which elements share a range, see :func:`granq_jax.quant.spec.kept_axes`.
+
+    Returns:
+      The codes, scales and zero points. ``dequantize`` of it is ``fake_quant(x, ...)``, in the
+      dtype of the arithmetic (float32, or float64 for float64 ``x``). Codes of NaN are arbitrary.
+
+    Raises:
+      TypeError, ValueError: for a dtype, bit width or granularity that is not allowed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q = quantize_codes(jnp.array([[0.0, 1.0, 2.0, 3.0]]), bits=2)
+      >>> q.codes.tolist(), q.scale.shape, dequantize(q).tolist()
+      ([[-2, -1, 0, 1]], (1, 1), [[0.0, 1.0, 2.0, 3.0]])
+    """
+    x = check_float(x)
+    check_bits("bits", bits)
+
+    def one_group(x):
+        scale, zero_point = scale_and_zero_point(x, bits)
+        return affine_codes(x, scale, zero_point, bits).astype(jnp.int8), scale, zero_point
+
+    groups = over_groups(one_group, granularity, x.ndim)
+    return QuantizedArray(*groups(x.astype(compute_dtype(x.dtype))), bits=bits)
+
+
+def dequantize(q: QuantizedArray) -> jax.Array:
+    """The values that the codes of ``q`` stand for, in the dtype of its scale."""
+    return affine_values(q.codes.astype(q.scale.dtype), q.scale, q.zero_point)

@@ -1,0 +1,179 @@
+"""What is quantized, and how: :class:`QuantSpec` and the granularities it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+MIN_BITS, MAX_BITS = 2, 8
+
+WEIGHT_GRANULARITIES = ("out_channel", "kernel", "tensor")
+ACT_GRANULARITIES = ("sample_channel", "channel", "sample", "tensor")
+GRANULARITIES = ("sample_channel", "channel", "sample", "tensor", "out_channel", "kernel")
+PLACEMENTS = ("activation", "operand")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
+
+_OVERRIDABLE = ("weight_bits", "act_bits", "weight_granularity", "act_granularity")
+
+
+def check_choice(field: str, value: Any, allowed: Iterable[str]) -> str:
+    """Returns ``value`` if it is one of ``allowed``; else raises a ``ValueError`` naming ``field``."""
+    allowed = tuple(allowed)
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{field}: got {value!r}, allowed are {', '.join(map(repr, allowed))}")
+    return value
+
+
+def check_bits(field: str, value: Any) -> int:
+    """Returns ``value`` if it is a bit width from 2 to 8; else raises, naming ``field``.
+
+    Raises:
+      TypeError: if it is not an integer.
+      ValueError: if it lies outside 2 to 8.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field}: got {value!r}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
+    if not MIN_BITS <= value <= MAX_BITS:
+        raise ValueError(f"{field}: got {value}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
+    return value
+
+
+def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
+    """The axes along which every index has a range of its own; all the others share one.
+
+    ================== ================================== =====================
+    granularity        a range for each                   scale of an NHWC / HWIO array
+    ================== ================================== =====================
+    ``sample_channel`` (first, last) index                (N, 1, 1, C)
+    ``sample``         first index                        (N, 1, 1, 1)
+    ``channel``        last index                         (1, 1, 1, C)
+    ``tensor``         the whole array                    (1, 1, 1, 1)
+    ``out_channel``    last index                         (1, 1, 1, O)
+    ``kernel``         (next to last, last) index         (1, 1, I, O)
+    ================== ================================== =====================
+
+    Two-dimensional arrays have no axis left between the two kept ones, so there
+    ``sample_channel`` keeps the row alone and ``kernel`` the output alone, as the released code
+    does for linear layers.
+
+    Raises:
+      ValueError: for an unknown granularity or an array of fewer than two dimensions.
+
+    Example:
+      >>> kept_axes("sample_channel", 4), kept_axes("kernel", 4), kept_axes("kernel", 2)
+      ((0, 3), (2, 3), (1,))
+    """
+    check_choice("granularity", granularity, GRANULARITIES)
+    if ndim < 2:
+        raise ValueError(f"granularity {granularity!r}: got an array of {ndim} dimensions, allowed are 2 or more")
+    first, before_last, last = 0, ndim - 2, ndim - 1
+    return {
+        "sample_channel": (first,) if ndim == 2 else (first, last),
+        "sample": (first,),
+        "channel": (last,),
+        "tensor": (),
+        "out_channel": (last,),
+        "kernel": (last,) if ndim == 2 else (before_last, last),
+    }[granularity]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """Which arrays of a model are quantized, to how many bits, and which elements share a range.
+
+    Attributes:
+      weight_bits: bits of convolution and dense kernels, 2 to 8; ``None`` leaves them as they are.
+      act_bits: bits of activations, 2 to 8; ``None`` leaves them as they are.
+      weight_granularity: ``"out_channel"`` (a range per output channel), ``"kernel"`` (a range per
+        input and output pair, as the released GranQ code has it) or ``"tensor"``.
+      act_granularity: ``"sample_channel"`` (GranQ: a range per sample and channel), ``"channel"``,
+        ``"sample"`` or ``"tensor"``. Ranges are measured on the batch at hand, at test time too.
+      placement: where activations are quantized: ``"activation"``, the outputs of activation
+        modules, or ``"operand"``, the inputs of convolutions and dense layers.
+      activation_modules: further module classes (or their names) whose outputs count as
+        activations, beside the package's own ``Activation``. Only for ``placement="activation"``.
+      overrides: ``(pattern, fields)`` pairs. ``fields`` replaces ``weight_bits``, ``act_bits``,
+        ``weight_granularity`` or ``act_granularity`` at every module whose ``/``-joined path
+        ``pattern`` (a regular expression, :func:`re.search`) matches; of two overrides that match
+        the same module, the later one wins, field by field.
+
+    Raises:
+      ValueError or TypeError: at construction, naming the field, what was given and what is allowed.
+
+    Example:
+      >>> spec = QuantSpec(weight_bits=3, act_bits=3, overrides=((r"^stem/", dict(weight_bits=8)),))
+      >>> spec.at("stem/conv").weight_bits, spec.at("stage1/unit1/conv1/conv").weight_bits
+      (8, 3)
+    """
+
+    weight_bits: int | None = 3
+    act_bits: int | None = 3
+    weight_granularity: str = "out_channel"
+    act_granularity: str = "sample_channel"
+    placement: str = "activation"
+    activation_modules: tuple[str | type, ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("weight_bits", "act_bits"):
+            if getattr(self, field) is not None:
+                check_bits(f"QuantSpec.{field}", getattr(self, field))
+        check_choice("QuantSpec.weight_granularity", self.weight_granularity, WEIGHT_GRANULARITIES)
+        check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
+        check_choice("QuantSpec.placement", self.placement, PLACEMENTS)
+        object.__setattr__(self, "activation_modules", _checked_modules(self.activation_modules, self.placement))
+        object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
+        for pattern, fields in self.overrides:
+            try:
+                dataclasses.replace(self, overrides=(), **dict(fields))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"QuantSpec.overrides[{pattern!r}]: {error}") from None
+
+    def at(self, path: str) -> QuantSpec:
+        """The spec that holds at the module ``path`` (``/``-joined), its overrides applied."""
+        fields = {k: v for pattern, items in self.overrides if re.search(pattern, path) for k, v in items}
+        return dataclasses.replace(self, overrides=(), **fields)
+
+    def check_overrides_match(self, paths: Iterable[str]) -> None:
+        """Raises a ``ValueError`` if an override matches none of the module ``paths``."""
+        paths = sorted(set(paths))
+        for pattern, _ in self.overrides:
+            if not any(re.search(pattern, path) for path in paths):
+                raise ValueError(
+                    f"QuantSpec.overrides: {pattern!r} matches no module; the paths are {', '.join(paths)}"
+                )
+
+
+def _checked_modules(modules: Any, placement: str) -> tuple[str | type, ...]:
+    if isinstance(modules, str | type):
+        raise TypeError(f"QuantSpec.activation_modules: got {modules!r}, allowed is a tuple of classes or class names")
+    modules = tuple(modules)
+    for module in modules:
+        if not isinstance(module, str | type):
+            raise TypeError(f"QuantSpec.activation_modules: got {module!r}, allowed are classes or class names")
+    if modules and placement != "activation":
+        raise ValueError(
+            f"QuantSpec.activation_modules: got {modules!r} with placement={placement!r}, "
+            "allowed only with placement='activation'"
+        )
+    return modules
+
+
+def _checked_override(override: Any) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """Normalises one override to ``(pattern, sorted items)``, which is hashable."""
+    shape = "a pair of a regular expression and a dict of fields"
+    if not isinstance(override, tuple | list) or len(override) != 2:
+        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {shape}")
+    pattern, fields = override
+    if not isinstance(pattern, str) or not isinstance(fields, Mapping | tuple):
+        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {shape}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"QuantSpec.overrides: {pattern!r} is not a regular expression: {error}") from None
+    items = tuple(sorted(dict(fields).items()))
+    for name, _ in items:
+        check_choice(f"QuantSpec.overrides[{pattern!r}]", name, _OVERRIDABLE)
+    return pattern, items

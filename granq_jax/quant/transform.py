@@ -1,0 +1,202 @@
+"""``quantize``: a quantized view of any Flax (linen) model, over the model's own variables.
+
+Weights are quantized as a function of the parameter tree before the model is applied, activations
+by intercepting module calls while it is. The model is not edited and does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from granq_jax.models.layers import Activation
+from granq_jax.quant.fake_quant import fake_quant
+from granq_jax.quant.spec import IMPLEMENTATIONS, QuantSpec, check_choice, kept_axes
+from granq_jax.quant.weights import effective_bits, quantize_params, weight_paths
+
+OPERAND_MODULES = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One array of a model that is, or could have been, quantized.
+
+    Attributes:
+      path: ``/``-joined path of the module.
+      kind: ``"weight"`` or ``"activation"``.
+      shape: of the array.
+      bits: ``None`` where it stays in full precision.
+      granularity: which of its elements share a range; ``None`` in full precision.
+      effective_bits: bits an element, with float32 scales and zero points counted.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: int | None
+    granularity: str | None
+    effective_bits: float
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """A model together with how it is quantized. Made by :func:`quantize`."""
+
+    model: nn.Module
+    spec: QuantSpec
+    impl: str = "auto"
+    axis_name: str | None = None
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """The float model's own ``init``: both models share one variable tree."""
+        return self.model.init(*args, **kwargs)
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """``model.apply`` with quantized weights and activations.
+
+        Args:
+          variables: the float model's variables.
+          *args: as for ``model.apply``.
+          **kwargs: as for ``model.apply``, ``mutable``, ``rngs`` and ``method`` included.
+
+        Returns:
+          What ``model.apply`` returns.
+
+        Raises:
+          ValueError: if the spec's placement, activation modules or an override match nothing.
+        """
+        outputs, _ = self._apply(variables, args, kwargs)
+        return outputs
+
+    def sites(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+        """Every weight and activation with its bits and granularity; nothing is computed.
+
+        Takes what ``apply`` takes.
+        """
+        seen: list[tuple[str, tuple[int, ...]]] = []
+
+        def trace(variables):
+            outputs, activations = self._apply(variables, args, kwargs)
+            seen.extend(activations)
+            return outputs
+
+        jax.eval_shape(trace, variables)
+        weights = [(path, leaf.shape) for path, leaf in weight_paths(variables["params"]).items()]
+        return tuple(
+            [_site(path, "weight", shape, self.spec.at(path)) for path, shape in weights]
+            + [_site(path, "activation", shape, self.spec.at(path)) for path, shape in seen]
+        )
+
+    def _apply(self, variables, args, kwargs):
+        """The model's outputs and the (path, shape) of the activations that were met."""
+        activations: list[tuple[str, tuple[int, ...]]] = []
+        matched_modules: set[str | type] = set()
+
+        def quantized(path, x):
+            activations.append((path, x.shape))
+            site = self.spec.at(path)
+            if site.act_bits is None:
+                return x
+            return fake_quant(
+                x, bits=site.act_bits, granularity=site.act_granularity, impl=self.impl, axis_name=self.axis_name
+            )
+
+        def interceptor(next_call, call_args, call_kwargs, context):
+            module = context.module
+            if context.method_name != "__call__":
+                return next_call(*call_args, **call_kwargs)
+            path = "/".join(module.path)
+            if self.spec.placement == "operand":
+                if not isinstance(module, OPERAND_MODULES):
+                    return next_call(*call_args, **call_kwargs)
+                if call_args:
+                    return next_call(quantized(path, call_args[0]), *call_args[1:], **call_kwargs)
+                return next_call(**{**call_kwargs, "inputs": quantized(path, call_kwargs["inputs"])})
+            outputs = next_call(*call_args, **call_kwargs)
+            if isinstance(module, Activation):
+                return quantized(path, outputs)
+            for wanted in self.spec.activation_modules:
+                if (isinstance(wanted, type) and isinstance(module, wanted)) or type(module).__name__ == wanted:
+                    matched_modules.add(wanted)
+                    return quantized(path, outputs)
+            return outputs
+
+        quantized_params = quantize_params(variables["params"], self.spec, self.impl)
+        with nn.intercept_methods(interceptor):
+            outputs = self.model.apply({**variables, "params": quantized_params}, *args, **kwargs)
+        self._check_matched(variables, activations, matched_modules)
+        return outputs, activations
+
+    def _check_matched(self, variables, activations, matched_modules):
+        weights = list(weight_paths(variables["params"]))
+        name = type(self.model).__name__
+        if self.spec.weight_bits is not None and not weights:
+            raise ValueError(f"QuantSpec.weight_bits: {name} has no parameter named 'kernel' to quantize")
+        if self.spec.act_bits is not None and not activations:
+            what = "no Activation module" if self.spec.placement == "activation" else "no convolution or dense layer"
+            raise ValueError(
+                f"QuantSpec.placement: {self.spec.placement!r} matches nothing in {name}: {what} was called. "
+                "Allowed are placement='operand', or placement='activation' with the model's own activation "
+                f"classes named in activation_modules; the layers with weights are {', '.join(weights)}"
+            )
+        for wanted in self.spec.activation_modules:
+            if wanted not in matched_modules:
+                paths = ", ".join(path for path, _ in activations) or "none"
+                raise ValueError(
+                    f"QuantSpec.activation_modules: no module of class {wanted!r} was called in {name}; "
+                    f"the activations that were met are {paths}"
+                )
+        self.spec.check_overrides_match([*weights, *(path for path, _ in activations)])
+
+
+def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name: str | None = None) -> QuantizedModel:
+    """A quantized view of ``model``: same variables, same call, quantized weights and activations.
+
+    With ``placement="activation"`` the outputs of activation modules are quantized, once, whatever
+    reads them. With ``placement="operand"`` the input of every convolution and dense layer is, the
+    first and the last included (an override with ``act_bits=None`` exempts one): the form for
+    models that call ``nn.relu`` as a function.
+
+    Args:
+      model: any linen module. It may be jitted, differentiated, and mapped as before.
+      spec: what to quantize and how.
+      impl: how ``fake_quant`` is computed, see :func:`granq_jax.fake_quant`.
+      axis_name: mapped axis that splits the batch, for ranges that several samples share.
+
+    Returns:
+      An object with ``apply``, ``init`` and ``sites``.
+
+    Raises:
+      TypeError: if ``model`` is not a linen module or ``spec`` not a ``QuantSpec``.
+      ValueError: for an ``impl`` that is not allowed.
+
+    Example:
+      >>> import jax, flax.linen as nn
+      >>> model = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Conv(2, (3, 3))])
+      >>> x = jax.numpy.ones((1, 8, 8, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> student = quantize(model, QuantSpec(weight_bits=4, act_bits=4, placement="operand"))
+      >>> student.apply(variables, x).shape
+      (1, 8, 8, 2)
+      >>> [(site.path, site.kind, site.bits) for site in student.sites(variables, x)][:2]
+      [('layers_0', 'weight', 4), ('layers_2', 'weight', 4)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is an instance of flax.linen.Module")
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    return QuantizedModel(model, spec, impl, axis_name)
+
+
+def _site(path: str, kind: str, shape: tuple[int, ...], spec: QuantSpec) -> Site:
+    bits, granularity = (
+        (spec.weight_bits, spec.weight_granularity) if kind == "weight" else (spec.act_bits, spec.act_granularity)
+    )
+    if bits is None:
+        return Site(path, kind, tuple(shape), None, None, 32.0)
+    kept_axes(granularity, len(shape))
+    return Site(path, kind, tuple(shape), bits, granularity, effective_bits(shape, bits, granularity))

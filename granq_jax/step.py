@@ -1,0 +1,381 @@
+"""The joint step: one update of generator and student, pure, and its mapped form.
+
+Data flow of a step (in order, each computed once)::
+
+    z, labels --generator--> images --teacher--> t, moments of its batch norms' inputs
+                                    --student--> s
+    L_G(t, moments, s) --pull back through teacher and student--> images --> generator
+    L_S(t, s)          --pull back through the same student pass--> student
+
+The generator moves first in the released code, but the student then learns from the images it had
+made before; so both losses share one forward pass, and their gradients are two pullbacks of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from granq_jax import losses, schedules
+from granq_jax.models.generator import Generator
+from granq_jax.models.layers import batch_moments
+from granq_jax.quant import QuantSpec, quantize
+
+AXIS = "batch"
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Learning rates and their decays.
+
+    Attributes:
+      student_lr: of SGD with Nesterov momentum.
+      student_momentum: its momentum.
+      student_weight_decay: L2 term on every parameter, batch norms and biases included.
+      generator_lr: of Adam.
+      generator_betas: its decay rates.
+      decay_epochs: both rates fall to a tenth at each.
+      steps_per_epoch: length of an epoch.
+      warmup_epochs: epochs at the start in which only the generator moves.
+    """
+
+    student_lr: float = 1e-4
+    student_momentum: float = 0.9
+    student_weight_decay: float = 1e-4
+    generator_lr: float = 1e-3
+    generator_betas: tuple[float, float] = (0.5, 0.999)
+    decay_epochs: tuple[int, ...] = (100, 200, 300)
+    steps_per_epoch: int = 200
+    warmup_epochs: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Weights of the loss terms: L_G = hinge + beta (alpha_ds ds + alpha_as as) + gamma BNS.
+
+    Attributes:
+      alpha_ds: of the discrepancy.
+      alpha_as: of the agreement.
+      beta: of both together.
+      gamma: of the batch-norm statistics.
+      lambda_lower: lower bound of the balance hinge.
+      lambda_upper: upper bound of the balance hinge.
+      temperature: of the distillation.
+    """
+
+    alpha_ds: float = 0.2
+    alpha_as: float = 0.1
+    beta: float = 1.0
+    gamma: float = 1.0
+    lambda_lower: float = 0.1
+    lambda_upper: float = 0.8
+    temperature: float = 20.0
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes: a pytree.
+
+    Attributes:
+      step: number of steps taken, int32.
+      generator: its variables.
+      student: its variables; same tree as the teacher's.
+      generator_opt: optimizer state.
+      student_opt: optimizer state.
+    """
+
+    step: jax.Array
+    generator: Variables
+    student: Variables
+    generator_opt: optax.OptState
+    student_opt: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What a run of joint steps is made of; everything in it is fixed while it lasts.
+
+    Attributes:
+      model: the teacher's module, which is the student's too.
+      generator: the generator's module; its ``axis_name`` is set here.
+      spec: how the student is quantized.
+      impl: how its ``fake_quant`` is computed, see :func:`granq_jax.fake_quant`.
+      losses: weights of the loss terms.
+      optimizers: learning rates.
+      batch_size: samples a step, over all devices.
+      latent: length of a noise vector.
+      seed: of noise and labels.
+      dtype: of noise, and so of generator and images.
+    """
+
+    model: nn.Module
+    generator: Generator
+    spec: QuantSpec
+    impl: str = "auto"
+    losses: LossSettings = LossSettings()
+    optimizers: OptimizerSettings = OptimizerSettings()
+    batch_size: int = 16
+    latent: int = 100
+    seed: int = 0
+    dtype: Any = jnp.float32
+
+    @property
+    def generator_schedule(self) -> optax.Schedule:
+        """Learning rate of the generator by global step."""
+        o = self.optimizers
+        return schedules.step_decay(o.generator_lr, o.decay_epochs, o.steps_per_epoch)
+
+    @property
+    def student_schedule(self) -> optax.Schedule:
+        """Learning rate of the student by global step."""
+        o = self.optimizers
+        return schedules.step_decay(o.student_lr, o.decay_epochs, o.steps_per_epoch)
+
+    @property
+    def generator_optimizer(self) -> optax.GradientTransformation:
+        """Adam."""
+        b1, b2 = self.optimizers.generator_betas
+        return optax.adam(self.generator_schedule, b1=b1, b2=b2)
+
+    @property
+    def student_optimizer(self) -> optax.GradientTransformation:
+        """SGD with Nesterov momentum and weight decay; it first moves when the warm-up is over."""
+        o = self.optimizers
+        first_step = o.warmup_epochs * o.steps_per_epoch
+        schedule = schedules.step_decay(o.student_lr, o.decay_epochs, o.steps_per_epoch, first_step)
+        return optax.chain(
+            optax.add_decayed_weights(o.student_weight_decay),
+            optax.sgd(schedule, momentum=o.student_momentum, nesterov=True),
+        )
+
+    def init(self, teacher: Variables) -> TrainState:
+        """The state before the first step: a random generator, and the teacher as student."""
+        # A stream of its own, so that the weights do not repeat the noise of the steps.
+        key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
+        z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
+        generator = self.generator.init(key, z, labels)
+        student = jax.tree.map(jnp.copy, teacher)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            generator=generator,
+            student=student,
+            generator_opt=self.generator_optimizer.init(generator["params"]),
+            student_opt=self.student_optimizer.init(student["params"]),
+        )
+
+
+def sample_noise(trainer: Trainer, step: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Noise (n, latent) and labels (n,) of the samples ``index`` (n,) of the global batch.
+
+    They depend on (seed, step, index) only, so that any division of a batch over devices trains on
+    the same samples.
+    """
+    key = jax.random.fold_in(jax.random.key(trainer.seed), step)
+
+    def one(index):
+        noise_key, label_key = jax.random.split(jax.random.fold_in(key, index))
+        z = jax.random.normal(noise_key, (trainer.latent,), trainer.dtype)
+        return z, jax.random.randint(label_key, (), 0, trainer.generator.classes)
+
+    return jax.vmap(one)(index)
+
+
+def apply_with_moments(
+    model: nn.Module, variables: Variables, images: jax.Array, axis_name: str | None = None
+) -> tuple[jax.Array, Variables]:
+    """Logits of a float model in evaluation mode, with the moments of its batch norms' inputs.
+
+    Returns:
+      Logits (N, C), and a tree with ``{"mean": (C,), "var": (C,)}`` (biased variance, over all
+      devices) at the path of every ``nn.BatchNorm`` called, each wrapped in a tuple of calls.
+    """
+
+    def observe(next_call, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            mean, var = batch_moments(args[0], axis_name)
+            context.module.sow("moments", "mean", mean)
+            context.module.sow("moments", "var", var)
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(observe):
+        logits, collections = model.apply(variables, images, train=False, mutable=["moments"])
+    return logits, collections.get("moments", {})
+
+
+def generator_loss(
+    settings: LossSettings,
+    teacher: jax.Array,
+    moments: Variables,
+    student: jax.Array,
+    labels: jax.Array,
+    running: Variables,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L_G and its terms ``hinge``, ``onehot`` and ``bns`` (each before its weight).
+
+    Args:
+      settings: weights of the terms.
+      teacher: logits (N, C).
+      moments: of the teacher's batch norms, as :func:`apply_with_moments` returns them.
+      student: logits (N, C).
+      labels: (N,).
+      running: the teacher's ``batch_stats``.
+      axis_name: mapped axis that splits the batch.
+    """
+    hinge = losses.balance_hinge(teacher, student, settings.lambda_lower, settings.lambda_upper, axis_name)
+    onehot = settings.alpha_ds * losses.discrepancy(teacher, student, labels)
+    onehot = onehot + settings.alpha_as * losses.agreement(teacher, student, labels)
+    flat_moments, flat_running = (flax.traverse_util.flatten_dict(tree) for tree in (moments, running))
+    calls = [
+        (pair, (flat_running[*path, "mean"], flat_running[*path, "var"]))
+        for *path, leaf in flat_moments
+        if leaf == "mean"
+        for pair in zip(flat_moments[*path, "mean"], flat_moments[*path, "var"], strict=True)
+    ]
+    bns = losses.batch_norm_statistics(*zip(*calls, strict=True)) if calls else jnp.zeros((), hinge.dtype)
+    loss = hinge + settings.beta * onehot + settings.gamma * bns
+    return loss, {"hinge": hinge, "onehot": onehot, "bns": bns}
+
+
+def update(
+    trainer: Trainer,
+    warmup: bool,
+    state: TrainState,
+    teacher: Variables,
+    z: jax.Array,
+    labels: jax.Array,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on given noise and labels: a pure function.
+
+    Args:
+      trainer: static.
+      warmup: static; if true, only the generator moves.
+      state: before the step.
+      teacher: the teacher's variables.
+      z: noise (n, latent), this device's share.
+      labels: (n,).
+      axis_name: mapped axis that splits the batch.
+
+    Returns:
+      The state after the step, and the scalars ``loss_g``, ``loss_s``, ``hinge``, ``onehot``,
+      ``bns``, ``lr_g`` and ``lr_s`` of the whole batch. Both are equal on all devices.
+    """
+    generator = trainer.generator.copy(axis_name=axis_name)
+    quantized = quantize(trainer.model, trainer.spec, impl=trainer.impl, axis_name=axis_name)
+
+    def make_images(params):
+        variables = {**state.generator, "params": params}
+        return generator.apply(variables, z, labels, mutable=["batch_stats"])
+
+    def run_student(params, images):
+        return quantized.apply({**state.student, "params": params}, images, train=False)
+
+    images, pull_generator, generator_stats = jax.vjp(make_images, state.generator["params"], has_aux=True)
+    (t, moments), pull_teacher = jax.vjp(
+        lambda images: apply_with_moments(trainer.model, teacher, images, axis_name), images
+    )
+    s, pull_student = jax.vjp(run_student, state.student["params"], images)
+
+    loss_g = partial(generator_loss, trainer.losses, labels=labels, running=teacher.get("batch_stats", {}))
+    (value_g, terms), (to_t, to_moments, to_s) = jax.value_and_grad(
+        lambda t, moments, s: loss_g(t, moments, s, axis_name=axis_name), argnums=(0, 1, 2), has_aux=True
+    )(t, moments, s)
+    (to_images,) = pull_teacher((to_t, to_moments))
+    to_images = to_images + pull_student(to_s)[1]
+    (generator_grads,) = pull_generator(to_images)
+
+    value_s, to_s = jax.value_and_grad(losses.distillation, argnums=1)(t, s, trainer.losses.temperature)
+    metrics = {"loss_g": value_g, "loss_s": value_s, **terms}
+
+    # Every device's loss is the mean over its own samples, and a collective in a forward pass
+    # carries cotangents from all devices: the mean of the gradients is that of the mean loss.
+    generator_grads, metrics = _mean_over_devices((generator_grads, metrics), axis_name)
+    generator_params, generator_opt = _apply_gradients(
+        trainer.generator_optimizer, generator_grads, state.generator["params"], state.generator_opt
+    )
+    state_after = state.replace(
+        step=state.step + 1,
+        generator={**generator_stats, "params": generator_params},
+        generator_opt=generator_opt,
+    )
+    if not warmup:
+        student_grads = _mean_over_devices(pull_student(to_s)[0], axis_name)
+        student_params, student_opt = _apply_gradients(
+            trainer.student_optimizer, student_grads, state.student["params"], state.student_opt
+        )
+        state_after = state_after.replace(
+            student={**state.student, "params": student_params}, student_opt=student_opt
+        )
+    rates = {"lr_g": trainer.generator_schedule(state.step), "lr_s": trainer.student_schedule(state.step)}
+    return state_after, {**metrics, **{name: jnp.asarray(rate, t.dtype) for name, rate in rates.items()}}
+
+
+def step(
+    trainer: Trainer,
+    warmup: bool,
+    state: TrainState,
+    teacher: Variables,
+    index: jax.Array,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """:func:`update` on the noise and labels of the samples ``index`` (n,) of this step's batch."""
+    z, labels = sample_noise(trainer, state.step, index)
+    return update(trainer, warmup, state, teacher, z, labels, axis_name)
+
+
+def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -> Callable:
+    """:func:`step` over ``devices``: a function of (state, teacher, index) with ``state`` donated.
+
+    ``state`` and ``teacher`` are whole on every device, ``index`` (devices, n) is split by its first
+    axis; see :func:`place`.
+    """
+    return jax.pmap(
+        partial(step, trainer, warmup, axis_name=AXIS),
+        axis_name=AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=0,
+        devices=devices,
+    )
+
+
+def sample_index(batch_size: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The global sample indices of a batch, (devices, batch_size / devices).
+
+    Raises:
+      ValueError: if the batch does not divide evenly; it names the sizes that do.
+    """
+    count = len(devices)
+    if batch_size % count:
+        below = batch_size // count * count
+        near = " or ".join(str(size) for size in (below, below + count) if size)
+        raise ValueError(f"batch_size: got {batch_size} on {count} devices, allowed are multiples such as {near}")
+    return np.arange(batch_size, dtype=np.int32).reshape(count, -1)
+
+
+def place(tree: Any, devices: Sequence[jax.Device], split: bool = False) -> Any:
+    """Puts ``tree`` where a mapped function wants it: whole on each device, or split by axis 0."""
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS) if split else PartitionSpec())
+    return jax.device_put(tree, sharding)
+
+
+def _mean_over_devices(tree, axis_name):
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _apply_gradients(optimizer, gradients, params, opt_state):
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
