@@ -14,6 +14,7 @@ made before; so both losses share one forward pass, and their gradients are two 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,16 +24,14 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from granq_jax import losses, schedules
+from granq_jax.devices import AXIS
 from granq_jax.models.generator import Generator
 from granq_jax.models.layers import batch_moments
 from granq_jax.quant import QuantSpec, quantize
 
-AXIS = "batch"
 Variables = dict[str, Any]
 
 
@@ -192,6 +191,16 @@ def sample_noise(trainer: Trainer, step: jax.Array, index: jax.Array) -> tuple[j
     return jax.vmap(one)(index)
 
 
+def evaluation_mode(model: nn.Module) -> dict[str, bool]:
+    """``{"train": False}`` for models whose call takes ``train``, nothing for others.
+
+    Example:
+      >>> evaluation_mode(nn.Dense(3))
+      {}
+    """
+    return {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
+
+
 def apply_with_moments(
     model: nn.Module, variables: Variables, images: jax.Array, axis_name: str | None = None
 ) -> tuple[jax.Array, Variables]:
@@ -210,7 +219,7 @@ def apply_with_moments(
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(observe):
-        logits, collections = model.apply(variables, images, train=False, mutable=["moments"])
+        logits, collections = model.apply(variables, images, **evaluation_mode(model), mutable=["moments"])
     return logits, collections.get("moments", {})
 
 
@@ -233,6 +242,9 @@ def generator_loss(
       labels: (N,).
       running: the teacher's ``batch_stats``.
       axis_name: mapped axis that splits the batch.
+
+    Raises:
+      ValueError: if BNS has a weight but the teacher no batch norm.
     """
     hinge = losses.balance_hinge(teacher, student, settings.lambda_lower, settings.lambda_upper, axis_name)
     onehot = settings.alpha_ds * losses.discrepancy(teacher, student, labels)
@@ -244,6 +256,11 @@ def generator_loss(
         if leaf == "mean"
         for pair in zip(flat_moments[*path, "mean"], flat_moments[*path, "var"], strict=True)
     ]
+    if settings.gamma and not calls:
+        raise ValueError(
+            f"losses.gamma: got {settings.gamma}, allowed is 0 only: the teacher has no flax.linen.BatchNorm, "
+            "whose statistics the term compares"
+        )
     bns = losses.batch_norm_statistics(*zip(*calls, strict=True)) if calls else jnp.zeros((), hinge.dtype)
     loss = hinge + settings.beta * onehot + settings.gamma * bns
     return loss, {"hinge": hinge, "onehot": onehot, "bns": bns}
@@ -281,7 +298,7 @@ def update(
         return generator.apply(variables, z, labels, mutable=["batch_stats"])
 
     def run_student(params, images):
-        return quantized.apply({**state.student, "params": params}, images, train=False)
+        return quantized.apply({**state.student, "params": params}, images, **evaluation_mode(trainer.model))
 
     images, pull_generator, generator_stats = jax.vjp(make_images, state.generator["params"], has_aux=True)
     (t, moments), pull_teacher = jax.vjp(
@@ -316,9 +333,7 @@ def update(
         student_params, student_opt = _apply_gradients(
             trainer.student_optimizer, student_grads, state.student["params"], state.student_opt
         )
-        state_after = state_after.replace(
-            student={**state.student, "params": student_params}, student_opt=student_opt
-        )
+        state_after = state_after.replace(student={**state.student, "params": student_params}, student_opt=student_opt)
     rates = {"lr_g": trainer.generator_schedule(state.step), "lr_s": trainer.student_schedule(state.step)}
     return state_after, {**metrics, **{name: jnp.asarray(rate, t.dtype) for name, rate in rates.items()}}
 
@@ -340,7 +355,7 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
     """:func:`step` over ``devices``: a function of (state, teacher, index) with ``state`` donated.
 
     ``state`` and ``teacher`` are whole on every device, ``index`` (devices, n) is split by its first
-    axis; see :func:`place`.
+    axis; see :func:`granq_jax.devices.place`.
     """
     return jax.pmap(
         partial(step, trainer, warmup, axis_name=AXIS),
@@ -350,26 +365,6 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
         donate_argnums=0,
         devices=devices,
     )
-
-
-def sample_index(batch_size: int, devices: Sequence[jax.Device]) -> np.ndarray:
-    """The global sample indices of a batch, (devices, batch_size / devices).
-
-    Raises:
-      ValueError: if the batch does not divide evenly; it names the sizes that do.
-    """
-    count = len(devices)
-    if batch_size % count:
-        below = batch_size // count * count
-        near = " or ".join(str(size) for size in (below, below + count) if size)
-        raise ValueError(f"batch_size: got {batch_size} on {count} devices, allowed are multiples such as {near}")
-    return np.arange(batch_size, dtype=np.int32).reshape(count, -1)
-
-
-def place(tree: Any, devices: Sequence[jax.Device], split: bool = False) -> Any:
-    """Puts ``tree`` where a mapped function wants it: whole on each device, or split by axis 0."""
-    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS) if split else PartitionSpec())
-    return jax.device_put(tree, sharding)
 
 
 def _mean_over_devices(tree, axis_name):

@@ -1,10 +1,8 @@
 """The joint step against the golden trajectory, and its properties."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax.traverse_util import flatten_dict
 
 from granq_jax import step as joint

@@ -1,0 +1,10 @@
+"""CIFAR-10, ResNet-20, 3-bit weights and 3-bit activations."""
+
+from ml_collections import ConfigDict
+
+from granq_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """The paper's settings for this network, which are the package's defaults."""
+    return default_config()

@@ -1,0 +1,11 @@
+"""CIFAR-10, ResNet-20, 5-bit weights and 5-bit activations."""
+
+from granq_jax.configs import cifar10_w3a3
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """As at 3 bits, but for the bits."""
+    config = cifar10_w3a3.get_config()
+    config.quant.weight_bits = config.quant.act_bits = 5
+    return config

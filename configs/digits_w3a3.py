@@ -1,0 +1,24 @@
+"""Handwritten digits (8x8 scans that come with scikit-learn), a small residual network, W3A3."""
+
+from ml_collections import ConfigDict
+
+from granq_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """Needs no network and no files: trains its teacher first."""
+    config = default_config()
+    config.network = "resnet8_digits"
+    config.dataset = "digits"
+    config.teacher = "train"
+    config.batch_size = 64
+    config.epochs = 10
+    config.steps_per_epoch = 100
+    config.student.lr = 1e-3
+    config.eval_batch_size = 120
+    config.eval_every_epochs = 5
+    config.teacher_training.epochs = 40
+    config.teacher_training.batch_size = 64
+    config.teacher_training.max_shift = 1
+    config.teacher_training.flip = False
+    return config

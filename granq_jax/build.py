@@ -1,0 +1,40 @@
+"""The objects that a config describes."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from granq_jax.data import DATASETS
+from granq_jax.models import Generator, create_model
+from granq_jax.quant import QuantSpec
+from granq_jax.step import LossSettings, OptimizerSettings, Trainer
+
+
+def make_trainer(config: ConfigDict) -> Trainer:
+    """The :class:`~granq_jax.step.Trainer` that a config describes."""
+    dataset = DATASETS[config.dataset]
+    return Trainer(
+        model=create_model(config.network),
+        generator=Generator(dataset.classes, dataset.image_size, dataset.channels),
+        spec=make_spec(config),
+        impl=config.quant.impl,
+        losses=LossSettings(**config.loss.to_dict()),
+        optimizers=OptimizerSettings(
+            student_lr=config.student.lr,
+            student_momentum=config.student.momentum,
+            student_weight_decay=config.student.weight_decay,
+            generator_lr=config.generator.lr,
+            generator_betas=config.generator.betas,
+            decay_epochs=config.decay_epochs,
+            steps_per_epoch=config.steps_per_epoch,
+            warmup_epochs=config.warmup_epochs,
+        ),
+        batch_size=config.batch_size,
+        latent=config.latent,
+        seed=config.seed,
+    )
+
+
+def make_spec(config: ConfigDict) -> QuantSpec:
+    """The :class:`~granq_jax.QuantSpec` that a config describes."""
+    return QuantSpec(**{key: value for key, value in config.quant.items() if key != "impl"})

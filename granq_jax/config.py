@@ -1,0 +1,282 @@
+"""Settings of a run: defaults, loading, and the check that every value must pass first."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from granq_jax.data import DATASETS
+from granq_jax.models.registry import NETWORKS
+from granq_jax.quant.spec import (
+    ACT_GRANULARITIES,
+    IMPLEMENTATIONS,
+    MAX_BITS,
+    MIN_BITS,
+    PLACEMENTS,
+    WEIGHT_GRANULARITIES,
+)
+
+TRAIN_A_TEACHER = "train"
+
+
+def default_config() -> ConfigDict:
+    """All settings there are, with the paper's values for CIFAR-10 and ResNet-20.
+
+    A config file takes these and sets what differs.
+
+    Example:
+      >>> default_config().quant.weight_bits
+      3
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.network = "resnet20_cifar10"
+    config.dataset = "cifar10"
+    config.data_dir = ""  # where TFDS finds or prepares the data; "" is its own default
+    config.teacher = ""  # a checkpoint's path, or "train" to train one first
+    config.batch_size = 16  # over all devices
+    config.epochs = 200
+    config.steps_per_epoch = 200
+    config.warmup_epochs = 4  # the first epochs, in which only the generator moves
+    config.latent = 100
+    config.eval = "test"  # or "none"
+    config.eval_batch_size = 200
+    config.eval_every_epochs = 10
+    config.checkpoint_every_epochs = 10
+    config.log_every_steps = 20
+
+    config.quant = ConfigDict()
+    config.quant.weight_bits = 3
+    config.quant.act_bits = 3
+    config.quant.weight_granularity = "out_channel"
+    config.quant.act_granularity = "sample_channel"
+    config.quant.placement = "activation"
+    config.quant.impl = "auto"
+
+    config.student = ConfigDict()  # SGD
+    config.student.lr = 1e-4
+    config.student.momentum = 0.9
+    config.student.weight_decay = 1e-4
+
+    config.generator = ConfigDict()  # Adam
+    config.generator.lr = 1e-3
+    config.generator.betas = (0.5, 0.999)
+
+    config.decay_epochs = (100, 200, 300)  # both rates fall to a tenth at each, epochs from 0
+
+    config.loss = ConfigDict()
+    config.loss.alpha_ds = 0.2
+    config.loss.alpha_as = 0.1
+    config.loss.beta = 1.0
+    config.loss.gamma = 1.0
+    config.loss.lambda_lower = 0.1
+    config.loss.lambda_upper = 0.8
+    config.loss.temperature = 20.0
+
+    config.profile = ConfigDict()  # a trace of `steps` steps from `start` on; 0 steps is none
+    config.profile.start = 10
+    config.profile.steps = 0
+
+    config.teacher_training = ConfigDict()  # used where teacher = "train"
+    config.teacher_training.epochs = 30
+    config.teacher_training.batch_size = 128
+    config.teacher_training.lr = 0.1
+    config.teacher_training.weight_decay = 5e-4
+    config.teacher_training.max_shift = 4  # pixels
+    config.teacher_training.flip = True
+    return config
+
+
+def load_config(name: str | os.PathLike) -> ConfigDict:
+    """The config ``name``: what ``--config`` does.
+
+    Args:
+      name: the path of a Python file with a ``get_config()``, that of a run's ``config.json``, or
+        the bare name of a config that comes with the package.
+
+    Raises:
+      ValueError: if there is none of that name; it lists those there are.
+
+    Example:
+      >>> config = load_config("cifar10_w4a4")
+      >>> config.quant.weight_bits, config.network
+      (4, 'resnet20_cifar10')
+    """
+    bundled = {entry.name: entry for entry in resources.files("granq_jax.configs").iterdir()}
+    path = Path(name)
+    if path.suffix == "" and f"{name}.py" in bundled:
+        path = Path(str(bundled[f"{name}.py"]))
+    if path.suffix not in (".py", ".json") or not path.is_file():
+        names = ", ".join(sorted(file[:-3] for file in bundled if file.endswith(".py") and file != "__init__.py"))
+        raise ValueError(f"config: got {str(name)!r}, allowed are paths of .py or .json files that exist, and {names}")
+    if path.suffix == ".json":
+        return _from_json(path)
+    module_spec = importlib.util.spec_from_file_location(f"granq_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"config: {str(path)!r} cannot be loaded as a Python module")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config: {str(path)!r} defines no get_config()")
+    config = module.get_config()
+    config.lock()
+    return config
+
+
+def _from_json(path: Path) -> ConfigDict:
+    config = default_config()
+    defaults = dict(_leaves(config))
+    try:
+        values = dict(_leaves(json.loads(path.read_text())))
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"config: {str(path)!r} is not a run's config.json: {error}") from None
+    for key, value in values.items():
+        if key not in defaults:
+            raise ValueError(f"config.{key}: {str(path)!r} has it, but there is no such setting")
+        with config.ignore_type():  # the check before a run names what is wrong
+            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+    config.lock()
+    return config
+
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _whole(low: int, high: int | None = None) -> Check:
+    allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
+    return lambda v: type(v) is int and v >= low and (high is None or v <= high), allowed
+
+
+def _real(low: float, high: float = math.inf, low_open: bool = False) -> Check:
+    allowed = f"finite numbers {'above' if low_open else 'from'} {low:g}" + (
+        "" if high == math.inf else f" to {high:g}"
+    )
+
+    def holds(v):
+        return type(v) in (int, float) and math.isfinite(v) and (v > low if low_open else v >= low) and v <= high
+
+    return holds, allowed
+
+
+def _choice(*values: str) -> Check:
+    return lambda v: v in values, ", ".join(map(repr, values))
+
+
+def _truth() -> Check:
+    return lambda v: type(v) is bool, "True and False"
+
+
+def _text() -> Check:
+    return lambda v: type(v) is str, "strings"
+
+
+def _increasing_epochs(v: Any) -> bool:
+    return (
+        isinstance(v, tuple)
+        and all(type(e) is int and e >= 1 for e in v)
+        and all(a < b for a, b in zip(v, v[1:], strict=False))
+    )
+
+
+def _betas(v: Any) -> bool:
+    return isinstance(v, tuple) and len(v) == 2 and all(type(b) is float and 0 <= b < 1 for b in v)
+
+
+CHECKS: dict[str, Check] = {
+    "seed": _whole(0, 2**31 - 1),
+    "network": _choice(*NETWORKS),
+    "dataset": _choice(*DATASETS),
+    "data_dir": _text(),
+    "teacher": _text(),
+    "batch_size": _whole(2),
+    "epochs": _whole(1),
+    "steps_per_epoch": _whole(1),
+    "warmup_epochs": _whole(0),
+    "latent": _whole(1),
+    "eval": _choice("test", "none"),
+    "eval_batch_size": _whole(1),
+    "eval_every_epochs": _whole(1),
+    "checkpoint_every_epochs": _whole(1),
+    "log_every_steps": _whole(1),
+    "quant.weight_bits": _whole(MIN_BITS, MAX_BITS),
+    "quant.act_bits": _whole(MIN_BITS, MAX_BITS),
+    "quant.weight_granularity": _choice(*WEIGHT_GRANULARITIES),
+    "quant.act_granularity": _choice(*ACT_GRANULARITIES),
+    "quant.placement": _choice(*PLACEMENTS),
+    "quant.impl": _choice(*IMPLEMENTATIONS),
+    "student.lr": _real(0),
+    "student.momentum": _real(0, 1),
+    "student.weight_decay": _real(0),
+    "generator.lr": _real(0),
+    "generator.betas": (_betas, "pairs of numbers from 0 to below 1"),
+    "decay_epochs": (_increasing_epochs, "tuples of increasing whole numbers from 1"),
+    "loss.alpha_ds": _real(0),
+    "loss.alpha_as": _real(0),
+    "loss.beta": _real(0),
+    "loss.gamma": _real(0),
+    "loss.lambda_lower": _real(0, 1),
+    "loss.lambda_upper": _real(0, 1),
+    "loss.temperature": _real(0, low_open=True),
+    "profile.start": _whole(0),
+    "profile.steps": _whole(0),
+    "teacher_training.epochs": _whole(1),
+    "teacher_training.batch_size": _whole(2),
+    "teacher_training.lr": _real(0, low_open=True),
+    "teacher_training.weight_decay": _real(0),
+    "teacher_training.max_shift": _whole(0),
+    "teacher_training.flip": _truth(),
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises a ``ValueError`` that names the first setting that is not allowed.
+
+    Example:
+      >>> config = default_config()
+      >>> config.quant.weight_bits = 9
+      >>> check_config(config)
+      Traceback (most recent call last):
+      ...
+      ValueError: config.quant.weight_bits: got 9, allowed are whole numbers from 2 to 8
+    """
+    values = dict(_leaves(config))
+    for key in values.keys() - CHECKS.keys():
+        raise ValueError(f"config.{key}: there is no such setting; allowed are {', '.join(CHECKS)}")
+    for key, (holds, allowed) in CHECKS.items():
+        if key not in values:
+            raise ValueError(f"config.{key}: not set, allowed are {allowed}")
+        if not holds(values[key]):
+            raise ValueError(f"config.{key}: got {values[key]!r}, allowed are {allowed}")
+    if config.loss.lambda_lower > config.loss.lambda_upper:
+        raise ValueError(
+            f"config.loss.lambda_lower: got {config.loss.lambda_lower}, "
+            f"allowed are numbers up to config.loss.lambda_upper, {config.loss.lambda_upper}"
+        )
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(
+            f"config.warmup_epochs: got {config.warmup_epochs}, "
+            f"allowed are whole numbers up to config.epochs, {config.epochs}"
+        )
+    network, dataset = NETWORKS[config.network], DATASETS[config.dataset]
+    for what in ("classes", "image_size", "channels"):
+        if getattr(network, what) != getattr(dataset, what):
+            raise ValueError(
+                f"config.dataset: got {config.dataset!r} with {what} {getattr(dataset, what)}, but config.network, "
+                f"{config.network!r}, allows {what} {getattr(network, what)} only"
+            )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, ConfigDict | dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

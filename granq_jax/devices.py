@@ -1,0 +1,39 @@
+"""Where arrays live when a step is mapped over several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "batch"
+
+
+def sample_index(batch_size: int, devices: Sequence[jax.Device], field: str = "batch_size") -> np.ndarray:
+    """The global sample indices of a batch, (devices, batch_size / devices), int32.
+
+    Raises:
+      ValueError: if the batch does not divide evenly; it names ``field`` and sizes that do.
+
+    Example:
+      >>> import jax
+      >>> sample_index(4, jax.devices()[:1]).tolist()
+      [[0, 1, 2, 3]]
+    """
+    count = len(devices)
+    if batch_size % count:
+        below = batch_size // count * count
+        near = " or ".join(str(size) for size in (below, below + count) if size)
+        raise ValueError(
+            f"{field}: got {batch_size} on {count} devices, allowed are multiples of {count}, such as {near}"
+        )
+    return np.arange(batch_size, dtype=np.int32).reshape(count, -1)
+
+
+def place(tree: Any, devices: Sequence[jax.Device], split: bool = False) -> Any:
+    """Puts ``tree`` where a mapped function wants it: whole on each device, or split by axis 0."""
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS) if split else PartitionSpec())
+    return jax.device_put(tree, sharding)

@@ -1,0 +1,66 @@
+"""The command line: ``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--config.KEY=VALUE ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from granq_jax.config import load_config
+from granq_jax.evaluate import evaluate_run
+from granq_jax.train import train_and_evaluate
+
+MODES = {"train": train_and_evaluate, "evaluate": evaluate_run}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one mode. Returns the exit status: 0, or 2 if what was asked for is not allowed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m granq_jax.main",
+        description="Zero-shot quantization of an image classifier.",
+        epilog="Any setting of the config can be changed with --config.KEY=VALUE.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="a config's path or name; to evaluate, the run's own by default")
+    parser.add_argument("--workdir", type=Path, help="where the run's files go; by default runs/CONFIG_NAME")
+    parser.add_argument("--mode", choices=MODES, default="train")
+    options, overrides = parser.parse_known_args(argv)
+    try:
+        if options.config is None and (options.mode != "evaluate" or options.workdir is None):
+            raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
+        workdir = options.workdir or Path("runs") / Path(options.config).stem
+        saved = workdir / "config.json"
+        # A run is evaluated with the settings it was trained with.
+        source = saved if options.mode == "evaluate" and saved.is_file() else options.config
+        if source is None:
+            raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
+        config = _overridden(load_config(source), overrides)
+        result = MODES[options.mode](config, workdir)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """``config`` with ``--config.KEY=VALUE`` arguments applied, each parsed by the setting's type."""
+    values = flags.FlagValues()
+    argv = ["main", *overrides]
+    try:
+        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError) as error:
+        raise ValueError(str(error)) from None
+    if rest[1:]:
+        raise ValueError(f"arguments: got {' '.join(rest[1:])}, allowed are --config.KEY=VALUE and those of --help")
+    return holder.value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What a run puts on record beside its metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+_PACKAGES = ("granq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def describe(config: ConfigDict) -> dict[str, Any]:
+    """The fields by which a result says what was quantized, and how."""
+    quant = ("weight_bits", "act_bits", "weight_granularity", "act_granularity", "placement")
+    return {
+        "dataset": config.dataset,
+        "network": config.network,
+        **{key: config.quant[key] for key in quant},
+        "seed": config.seed,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,133 @@
+"""A whole run: teacher, joint steps, evaluation, and the files it leaves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from granq_jax.build import make_trainer
+from granq_jax.checkpoint import Checkpoints
+from granq_jax.config import check_config
+from granq_jax.data import load_split
+from granq_jax.devices import sample_index
+from granq_jax.evaluate import float_top1, student_top1
+from granq_jax.joint_run import JointRun
+from granq_jax.metrics import MetricsLog
+from granq_jax.quant import effective_weight_bits
+from granq_jax.record import describe, peak_rss_mb, versions, write_json
+from granq_jax.teachers import check_teacher, load_teacher
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Quantizes a teacher without data and says how good the student is.
+
+    In ``workdir`` it leaves ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``
+    (last), and where asked for ``profile/`` and the teacher it trained. Everything is checked before
+    work starts.
+
+    Args:
+      config: see :func:`granq_jax.config.default_config`.
+      workdir: a directory without a run in it; made if it is missing.
+
+    Returns:
+      What ``result.json`` holds. Accuracies are in percent; those of a run with ``eval="none"`` are
+      ``None``.
+
+    Raises:
+      ValueError, TypeError, FileNotFoundError, ImportError: for a setting, teacher, data set or
+        workdir that cannot be used, before anything is written.
+
+    Example:
+      >>> config = load_config("digits_w3a3")  # doctest: +SKIP
+      >>> train_and_evaluate(config, "runs/digits")["student_top1"]  # doctest: +SKIP
+    """
+    check_config(config)
+    workdir = Path(workdir)
+    if any((workdir / name).exists() for name in ("metrics.jsonl", "result.json", "checkpoints")):
+        raise ValueError(f"workdir: {str(workdir)!r} already holds a run; give another one, or move it away")
+    devices = jax.local_devices()
+    sample_index(config.batch_size, devices, "config.batch_size")
+    sample_index(config.eval_batch_size, devices, "config.eval_batch_size")
+    check_teacher(config)
+    split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+    teacher = load_teacher(config, workdir)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", config.to_dict())
+    trainer = make_trainer(config)
+    total = config.epochs * config.steps_per_epoch
+    accuracies: dict[str, float | None] = {"teacher_top1": None, "student_top1_before": None}
+    evaluations: dict[int, float] = {}
+    with MetricsLog(workdir / "metrics.jsonl", total) as log, Checkpoints(workdir) as checkpoints:
+        if split is not None:
+            top1 = student_top1(trainer, split, config.eval_batch_size, devices)
+            accuracies = {
+                "teacher_top1": float_top1(trainer.model, split, config.eval_batch_size, devices)(teacher),
+                "student_top1_before": top1(teacher),
+            }
+            log.say("teacher {:.2f} %, student before training {:.2f} % top-1".format(*accuracies.values()))
+        run = JointRun(trainer, teacher, devices)
+        windows = []
+        for step, metrics, seconds in _logged_steps(run, config, workdir / "profile"):
+            epoch, into_epoch = divmod(step, config.steps_per_epoch)
+            log.train(step, epoch, metrics)
+            windows.append(seconds)
+            if into_epoch:
+                continue
+            if split is not None and (epoch % config.eval_every_epochs == 0 or step == total):
+                evaluations[step] = top1(run.state.student)
+                log.evaluation(step, epoch, evaluations[step])
+            if epoch % config.checkpoint_every_epochs == 0 or step == total:
+                checkpoints.save(step, run.state)
+
+    best_step = max(evaluations, key=evaluations.__getitem__) if evaluations else None
+    result = {
+        **describe(config),
+        "eval_examples": 0 if split is None else len(split),
+        "effective_weight_bits": effective_weight_bits(teacher["params"], trainer.spec),
+        "teacher": config.teacher,
+        **accuracies,
+        "student_top1": evaluations.get(total),
+        "best_top1": None if best_step is None else evaluations[best_step],
+        "best_step": best_step,
+        "best_picked_on": None if best_step is None else "the test set",
+        "steps": total,
+        "seconds_per_step": statistics.median(windows),
+        "compile_seconds": run.compile_seconds,
+        "peak_rss_mb": peak_rss_mb(),
+        "devices": [str(device) for device in devices],
+        "versions": versions(),
+    }
+    write_json(workdir / "result.json", result)
+    return result
+
+
+def _logged_steps(
+    run: JointRun, config: ConfigDict, profile_dir: Path
+) -> Iterator[tuple[int, dict[str, float], float]]:
+    """Takes all steps; yields (steps taken, metrics, seconds a step) where a line is to be logged.
+
+    The clock stands still while the consumer works, and while a phase compiles.
+    """
+    first_traced = config.profile.start + 1 if config.profile.steps else 0
+    window_start, window_compile, window_first = time.perf_counter(), run.compile_seconds, 0
+    for step in range(1, config.epochs * config.steps_per_epoch + 1):
+        if step == first_traced:
+            jax.profiler.start_trace(profile_dir, create_perfetto_trace=True)
+        with jax.profiler.StepTraceAnnotation("joint_step", step_num=step):
+            metrics = run.advance(warmup=step <= config.warmup_epochs * config.steps_per_epoch)
+        if first_traced and step == first_traced + config.profile.steps - 1:
+            jax.block_until_ready(run.state)
+            jax.profiler.stop_trace()
+        if step % config.log_every_steps == 0 or step % config.steps_per_epoch == 0:
+            # By way of its text a float32 becomes the shortest number that means it: 0.001.
+            values = {name: float(str(value)) for name, value in jax.device_get(metrics).items()}
+            elapsed = time.perf_counter() - window_start - (run.compile_seconds - window_compile)
+            yield step, values, elapsed / (step - window_first)
+            window_start, window_compile, window_first = time.perf_counter(), run.compile_seconds, step
