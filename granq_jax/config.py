@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -123,10 +124,13 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"config: {str(path)!r} cannot be loaded as a Python module")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"config: {str(path)!r} defines no get_config()")
-    config = module.get_config()
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # it is the user's code, which may fail in any way
+        raise ValueError(f"config: {str(path)!r} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config: get_config() of {str(path)!r} gives {type(config).__name__}, allowed is ConfigDict")
     config.lock()
     return config
 
@@ -156,9 +160,9 @@ def _whole(low: int, high: int | None = None) -> Check:
 
 
 def _real(low: float, high: float = math.inf, low_open: bool = False) -> Check:
-    allowed = f"finite numbers {'above' if low_open else 'from'} {low:g}" + (
-        "" if high == math.inf else f" to {high:g}"
-    )
+    allowed = f"finite numbers {'above' if low_open else 'from'} {low:g}"
+    if high < math.inf:
+        allowed += f" to {high:g}"
 
     def holds(v):
         return type(v) in (int, float) and math.isfinite(v) and (v > low if low_open else v >= low) and v <= high
@@ -182,12 +186,12 @@ def _increasing_epochs(v: Any) -> bool:
     return (
         isinstance(v, tuple)
         and all(type(e) is int and e >= 1 for e in v)
-        and all(a < b for a, b in zip(v, v[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(v))
     )
 
 
 def _betas(v: Any) -> bool:
-    return isinstance(v, tuple) and len(v) == 2 and all(type(b) is float and 0 <= b < 1 for b in v)
+    return isinstance(v, tuple) and len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v)
 
 
 CHECKS: dict[str, Check] = {

@@ -1,4 +1,7 @@
-"""The command line: ``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--config.KEY=VALUE ...]``."""
+"""The command line.
+
+``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--config.KEY=VALUE ...]``
+"""
 
 from __future__ import annotations
 

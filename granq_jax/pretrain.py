@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ class PretrainSettings:
     seed: int
 
 
-def pretrain(model: nn.Module, split: Split, settings: PretrainSettings) -> dict[str, Any]:
+def pretrain(model: nn.Module, split: Split, settings: PretrainSettings) -> Mapping[str, Any]:
     """Trains ``model`` from scratch on ``split`` and returns its variables.
 
     Raises:

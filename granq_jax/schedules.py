@@ -26,7 +26,6 @@ def step_decay(
       >>> [round(float(rate(step)), 6) for step in (0, 19, 20, 29, 30)]
       [1.0, 1.0, 0.1, 0.1, 0.01]
     """
-    schedule = optax.piecewise_constant_schedule(
-        learning_rate, {epoch * steps_per_epoch: 0.1 for epoch in decay_epochs}
-    )
+    decays = {epoch * steps_per_epoch: 0.1 for epoch in decay_epochs}
+    schedule = optax.piecewise_constant_schedule(learning_rate, decays)
     return lambda count: schedule(count + first_step)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from granq_jax.models.generator import Generator
 from granq_jax.models.layers import batch_moments
 from granq_jax.quant import QuantSpec, quantize
 
-Variables = dict[str, Any]
+Variables = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,7 @@ class LossSettings:
     temperature: float = 20.0
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a step changes: a pytree.
 
     Attributes:
@@ -191,7 +190,7 @@ def sample_noise(trainer: Trainer, step: jax.Array, index: jax.Array) -> tuple[j
     return jax.vmap(one)(index)
 
 
-def evaluation_mode(model: nn.Module) -> dict[str, bool]:
+def evaluation_mode(model: nn.Module) -> dict[str, Any]:
     """``{"train": False}`` for models whose call takes ``train``, nothing for others.
 
     Example:
@@ -351,7 +350,7 @@ def step(
     return update(trainer, warmup, state, teacher, z, labels, axis_name)
 
 
-def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -> Callable:
+def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -> Any:
     """:func:`step` over ``devices``: a function of (state, teacher, index) with ``state`` donated.
 
     ``state`` and ``teacher`` are whole on every device, ``index`` (devices, n) is split by its first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def check_teacher(config: ConfigDict) -> None:
         raise FileNotFoundError(f"config.teacher: got {config.teacher!r}, but there is no such file")
 
 
-def load_teacher(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def load_teacher(config: ConfigDict, workdir: Path) -> Mapping[str, Any]:
     """The teacher's variables: read from ``config.teacher``, or trained and kept in ``workdir``.
 
     Raises:

@@ -37,6 +37,7 @@ class BatchStatsNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises every channel of ``x`` (N, ..., C)."""
         features = x.shape[-1]
         axis_name = None if self.is_initializing() else self.axis_name
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), x.dtype)
@@ -51,7 +52,9 @@ class BatchStatsNorm(nn.Module):
             multiplier = multiplier * self.param("scale", nn.initializers.ones, (features,), x.dtype)
         last = (1,) * (x.ndim - 1) + (features,)
         y = (x - mean.reshape(last)) * multiplier.reshape(last)
-        return y + self.param("bias", nn.initializers.zeros, (features,), x.dtype).reshape(last) if self.affine else y
+        if self.affine:
+            y = y + self.param("bias", nn.initializers.zeros, (features,), x.dtype).reshape(last)
+        return y
 
 
 class UpsampleConv(nn.Module):
@@ -74,19 +77,17 @@ class UpsampleConv(nn.Module):
         channels = x.shape[-1]
         kernel = self.param("kernel", _uniform_fan_in, (3, 3, channels, self.features), x.dtype)
         bias = self.param("bias", _uniform_bias(9 * channels), (self.features,), x.dtype)
-        columns = [
-            jnp.stack([phase_conv(x, kernel, row, column) for column in (0, 1)], axis=3) for row in (0, 1)
-        ]  # each (N, H, W, 2, features)
         n, height, width, _ = x.shape
-        y = jnp.stack(columns, axis=2).reshape(n, 2 * height, 2 * width, self.features)
+        rows = [jnp.stack([phase_conv(x, kernel, row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
+        y = jnp.stack(rows, axis=2).reshape(n, 2 * height, 2 * width, self.features)
         return y + bias.reshape(1, 1, 1, -1)
 
 
 def phase_conv(x: jax.Array, kernel: jax.Array, row: int, column: int) -> jax.Array:
     """The pixels (2i + row, 2j + column) of ``x`` (N, H, W, C), up-sampled by 2 and convolved 3x3."""
-    first, second, third = (kernel[0], kernel[1], kernel[2])
+    first, second, third = kernel
     rows = jnp.stack([first, second + third] if row == 0 else [first + second, third])
-    first, second, third = (rows[:, 0], rows[:, 1], rows[:, 2])
+    first, second, third = rows.swapaxes(0, 1)
     taps = jnp.stack([first, second + third] if column == 0 else [first + second, third], axis=1)
     padding = [(1 - row, row), (1 - column, column)]
     return jax.lax.conv_general_dilated(x, taps, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))

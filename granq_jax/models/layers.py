@@ -19,6 +19,7 @@ class Activation(nn.Module):
     kind: str = "relu"
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Element by element."""
         return ACTIVATIONS[self.kind](x)
 
 
@@ -33,6 +34,7 @@ class NormAct(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array | None = None, *, train: bool) -> jax.Array:
+        """``activation(norm(x) + residual)``, all (N, H, W, C)."""
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn")(x)
         if residual is not None:
             x = x + residual
@@ -49,6 +51,7 @@ class ConvNormAct(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array | None = None, *, train: bool) -> jax.Array:
+        """(N, H, W, C) to (N, H / strides, W / strides, features), the shape of ``residual``."""
         size, pad = (self.kernel_size,) * 2, self.kernel_size // 2
         x = nn.Conv(self.features, size, self.strides, padding=pad, use_bias=False, name="conv")(x)
         return NormAct(self.activation, name="norm")(x, residual, train=train)

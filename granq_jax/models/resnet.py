@@ -19,6 +19,7 @@ class BasicUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(N, H, W, C) to (N, H / strides, W / strides, features)."""
         shortcut = x
         if self.strides != 1 or x.shape[-1] != self.features:
             projection = ConvNormAct(self.features, 1, self.strides, activation=None, name="shortcut")
@@ -36,6 +37,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(N, H, W, C) to (N, H / strides, W / strides, features)."""
         for unit in range(self.units):
             strides = self.strides if unit == 0 else 1
             x = BasicUnit(self.features, strides, name=f"unit{unit + 1}")(x, train=train)

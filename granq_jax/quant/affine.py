@@ -19,6 +19,7 @@ same fused reductions and element-wise pass as code written out with ``keepdims`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.struct
 import jax
@@ -29,8 +30,7 @@ from granq_jax.quant.spec import check_bits, kept_axes
 MIN_RANGE = 1e-8
 
 
-@flax.struct.dataclass
-class QuantizedArray:
+class QuantizedArray(flax.struct.PyTreeNode):
     """Integer codes with the scale and zero point to read them: a pytree.
 
     Attributes:
@@ -55,15 +55,14 @@ def scale_and_zero_point(x: jax.Array, bits: int, axis_name: str | None = None) 
       axis_name: mapped axis (of ``pmap`` or ``shard_map``) over which the range is taken as well.
 
     Returns:
-      Two arrays of shape ``(1,) * x.ndim``.
+      Two scalars.
     """
     low, high = jnp.min(x), jnp.max(x)
     if axis_name is not None:
         low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
     scale = (2**bits - 1) / jnp.maximum(high - low, MIN_RANGE)
     zero_point = jnp.round(scale * low) + 2 ** (bits - 1)
-    shape = (1,) * x.ndim
-    return scale.reshape(shape), zero_point.reshape(shape)
+    return scale, zero_point
 
 
 def affine_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
@@ -82,9 +81,10 @@ def over_groups(function: Callable, granularity: str, ndim: int) -> Callable:
 
     ``function`` maps an array to arrays of the same rank; so does the result, for ``ndim`` axes.
     """
-    for axis in kept_axes(granularity, ndim):
-        # Ascending: the outer vmap takes away the higher axis, which leaves the lower one in place.
-        function = jax.vmap(function, in_axes=axis, out_axes=axis)
+    # Channels inside, samples outside: in this order XLA needs no transposes to fuse the result.
+    # Axes count from the end, where an outer vmap's taking an axis away does not move them.
+    for axis in reversed(kept_axes(granularity, ndim)):
+        function = jax.vmap(function, in_axes=axis - ndim, out_axes=axis - ndim)
     return function
 
 
@@ -110,8 +110,9 @@ def quantize_codes(x: jax.Array, *, bits: int, granularity: str = "sample_channe
       granularity: which elements share a range, see :func:`granq_jax.quant.spec.kept_axes`.
 
     Returns:
-      The codes, scales and zero points. ``dequantize`` of it is ``fake_quant(x, ...)``, in the
-      dtype of the arithmetic (float32, or float64 for float64 ``x``). Codes of NaN are arbitrary.
+      The codes, scales and zero points. ``dequantize`` of it is ``fake_quant(x, ...)`` to rounding,
+      in the dtype of the arithmetic (float32, or float64 for float64 ``x``). Codes of NaN are
+      arbitrary.
 
     Raises:
       TypeError, ValueError: for a dtype, bit width or granularity that is not allowed.
@@ -124,15 +125,22 @@ def quantize_codes(x: jax.Array, *, bits: int, granularity: str = "sample_channe
     """
     x = check_float(x)
     check_bits("bits", bits)
+    return _quantize_codes(x, bits, granularity)
 
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _quantize_codes(x, bits, granularity):
     def one_group(x):
         scale, zero_point = scale_and_zero_point(x, bits)
-        return affine_codes(x, scale, zero_point, bits).astype(jnp.int8), scale, zero_point
+        codes = affine_codes(x, scale, zero_point, bits).astype(jnp.int8)
+        same_rank = (1,) * x.ndim
+        return codes, scale.reshape(same_rank), zero_point.reshape(same_rank)
 
-    groups = over_groups(one_group, granularity, x.ndim)
-    return QuantizedArray(*groups(x.astype(compute_dtype(x.dtype))), bits=bits)
+    codes, scale, zero_point = over_groups(one_group, granularity, x.ndim)(x.astype(compute_dtype(x.dtype)))
+    return QuantizedArray(codes, scale, zero_point, bits)
 
 
+@jax.jit
 def dequantize(q: QuantizedArray) -> jax.Array:
     """The values that the codes of ``q`` stand for, in the dtype of its scale."""
     return affine_values(q.codes.astype(q.scale.dtype), q.scale, q.zero_point)

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from granq_jax import Generator
+from granq_jax.models.generator import BatchStatsNorm, UpsampleConv
+from tests.conftest import one_line_error
+from tests.golden_figures import CIFAR, generator_variables, state_dict
+
+
+def test_golden_images(x64):
+    variables = generator_variables(state_dict(CIFAR["gen/keys"]))
+    z, labels = jnp.asarray(CIFAR["gen/z"][0]), jnp.asarray(CIFAR["gen/labels"][0])
+    images, _ = Generator(classes=10).apply(variables, z, labels, mutable=["batch_stats"])
+    np.testing.assert_allclose(images.mean((0, 1, 2)), CIFAR["gen/images0_mean"], rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(images.std((0, 1, 2), ddof=1), CIFAR["gen/images0_std"], rtol=1e-8)
+    crop = images[:, :8, :8].transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(crop, CIFAR["gen/images0_crop"], rtol=1e-8, atol=1e-8)
+
+
+def test_running_statistics_follow_pytorch(x64):
+    x = np.random.default_rng(0).standard_normal((4, 3, 3, 2)) + 1
+    norm = BatchStatsNorm()
+    variables = norm.init(jax.random.key(0), jnp.asarray(x))
+    _, updates = norm.apply(variables, jnp.asarray(x), mutable=["batch_stats"])
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 3), (1, 5, 3, 2), (3, 1, 1, 4), (1, 2, 7, 1)])
+def test_phase_convolutions_equal_up_sampling_and_convolution(x64, shape):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal(shape))
+    module = UpsampleConv(5)
+    variables = module.init(jax.random.key(0), x)
+    cotangent = jnp.asarray(rng.standard_normal((shape[0], 2 * shape[1], 2 * shape[2], 5)))
+
+    def plain(params, x):
+        large = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        y = jax.lax.conv_general_dilated(
+            large, params["kernel"], (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y + params["bias"].reshape(1, 1, 1, -1)
+
+    expected, pull_expected = jax.vjp(plain, variables["params"], x)
+    value, pull = jax.vjp(lambda params, x: module.apply({"params": params}, x), variables["params"], x)
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-10)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), pull(cotangent), pull_expected(cotangent)
+    )
+
+
+@pytest.mark.parametrize(("size", "channels"), [(4, 1), (8, 3), (12, 1), (28, 1)])
+def test_image_sizes_and_channels(size, channels):
+    generator = Generator(classes=3, image_size=size, channels=channels)
+    z, labels = jax.random.normal(jax.random.key(0), (5, 16)), jnp.arange(5) % 3
+    variables = generator.init(jax.random.key(1), z, labels)
+    images, _ = generator.apply(variables, z, labels, mutable=["batch_stats"])
+    assert images.shape == (5, size, size, channels)
+    np.testing.assert_allclose(images.mean((0, 1, 2)), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "kwargs"),
+    [
+        (("image_size", "30", "multiples of 4"), {"image_size": 30}),
+        (("image_size", "0"), {"image_size": 0}),
+        (("channels", "2", "1 and 3"), {"channels": 2}),
+    ],
+)
+def test_bad_sizes_are_refused(words, kwargs):
+    with one_line_error(ValueError, "Generator", *words):
+        Generator(classes=10, **kwargs)

@@ -1,0 +1,163 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from granq_jax import Activation, QuantSpec, create_model, fake_quant, load_torch, quantize
+from granq_jax.quant import effective_weight_bits, quantize_params
+from tests.conftest import one_line_error
+from tests.golden_figures import CIFAR, nhwc, state_dict
+
+NETWORKS = ("resnet20_cifar10", "resnet20_cifar100")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_golden_logits(x64, name):
+    model = create_model(name)
+    variables = load_torch(name, state_dict(CIFAR[f"net/{name}/keys"]))
+    images = nhwc(CIFAR[f"net/{name}/x"])
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, images), CIFAR[f"net/{name}/fp"], rtol=1e-8, atol=1e-10)
+    for bits in (3, 4, 5):
+        student = quantize(model, QuantSpec(weight_bits=bits, act_bits=bits, weight_granularity="kernel"))
+        logits = jax.jit(student.apply)(variables, images)
+        np.testing.assert_allclose(logits, CIFAR[f"net/{name}/w{bits}a{bits}"], rtol=1e-8, atol=1e-10)
+
+
+def test_resnet20_sites():
+    model = create_model("resnet20_cifar10")
+    images = jnp.ones((2, 32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    sites = quantize(model, QuantSpec(weight_bits=4, act_bits=3)).sites(variables, images)
+    weights = [site for site in sites if site.kind == "weight"]
+    activations = [site for site in sites if site.kind == "activation"]
+    assert len(weights) == 22  # stem, 18 in units, 2 shortcuts, head
+    assert len(activations) == 19
+    assert {site.bits for site in weights} == {4}
+    assert activations[0].shape == (2, 32, 32, 16)
+    assert activations[0].effective_bits == pytest.approx(3 + 64 / 32**2)
+
+
+def test_weights_are_a_pure_function_of_the_parameters():
+    model = create_model("resnet8_digits")
+    params = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))["params"]
+    flat = flatten_dict(params)
+    quantized = flatten_dict(quantize_params(params, QuantSpec(weight_bits=3)))
+    assert flat.keys() == quantized.keys()
+    for path, value in flat.items():
+        if path[-1] == "kernel":
+            np.testing.assert_array_equal(quantized[path], fake_quant(value, bits=3, granularity="out_channel"))
+        else:
+            assert quantized[path] is value
+
+
+def test_effective_bits_of_resnet20():
+    model = create_model("resnet20_cifar10")
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))["params"]
+    weights = [leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel"]
+    elements = sum(leaf.size for leaf in weights)
+    outputs = sum(leaf.shape[-1] for leaf in weights)
+    assert effective_weight_bits(params, QuantSpec(weight_bits=3)) == pytest.approx(3 + 64 * outputs / elements)
+    assert effective_weight_bits(params, QuantSpec(weight_bits=None)) is None
+
+
+class Functional(nn.Module):
+    """Calls ``nn.relu`` as a function, so that no activation module can be met."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="conv")(x))
+        return nn.Dense(3, name="head")(inputs=jnp.mean(x, (1, 2)))
+
+
+class Swish(nn.Module):
+    def __call__(self, x):
+        return nn.swish(x)
+
+
+class Modular(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = Swish(name="swish")(nn.Conv(4, (3, 3), name="conv")(x))
+        return Activation("relu6", name="relu")(nn.Conv(3, (1, 1), name="head")(x))
+
+
+@pytest.fixture
+def images():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 6, 3)), jnp.float32)
+
+
+def test_operand_placement_quantizes_the_inputs_of_layers(images):
+    model = Functional()
+    variables = model.init(jax.random.key(0), images)
+    spec = QuantSpec(weight_bits=3, act_bits=4, placement="operand")
+    weights = quantize_params(variables["params"], spec)
+    x = nn.relu(nn.Conv(4, (3, 3)).apply({"params": weights["conv"]}, fake_quant(images, bits=4)))
+    pooled = fake_quant(jnp.mean(x, (1, 2)), bits=4)
+    expected = nn.Dense(3).apply({"params": weights["head"]}, pooled)
+    np.testing.assert_array_equal(quantize(model, spec).apply(variables, images), expected)
+
+
+def test_activation_placement_finds_named_modules(images):
+    model = Modular()
+    variables = model.init(jax.random.key(0), images)
+    for wanted in ("Swish", Swish):
+        spec = QuantSpec(weight_bits=None, act_bits=3, activation_modules=(wanted,))
+        x = fake_quant(nn.swish(nn.Conv(4, (3, 3)).apply({"params": variables["params"]["conv"]}, images)), bits=3)
+        x = nn.Conv(3, (1, 1)).apply({"params": variables["params"]["head"]}, x)
+        expected = fake_quant(nn.relu6(x), bits=3)
+        np.testing.assert_array_equal(quantize(model, spec).apply(variables, images), expected)
+
+
+def test_full_precision_is_the_model_itself(images):
+    model = Modular()
+    variables = model.init(jax.random.key(0), images)
+    spec = QuantSpec(weight_bits=None, act_bits=None)
+    np.testing.assert_array_equal(quantize(model, spec).apply(variables, images), model.apply(variables, images))
+
+
+def test_overrides_reach_weights_and_activations(images):
+    model = Modular()
+    variables = model.init(jax.random.key(0), images)
+    spec = QuantSpec(overrides=(("^conv$", {"weight_bits": 8}), ("^relu$", {"act_bits": None})))
+    sites = {(site.path, site.kind): site.bits for site in quantize(model, spec).sites(variables, images)}
+    assert sites == {("conv", "weight"): 8, ("head", "weight"): 3, ("relu", "activation"): None}
+
+
+def test_gradients_reach_weights_and_images(images):
+    model = create_model("resnet8_digits")
+    x = images[..., :1]
+    variables = model.init(jax.random.key(0), x)
+    student = quantize(model, QuantSpec())
+    gradients = jax.grad(lambda p, x: jnp.sum(student.apply({**variables, "params": p}, x)), argnums=(0, 1))(
+        variables["params"], x
+    )
+    for leaf in jax.tree.leaves(gradients):
+        assert bool(jnp.any(leaf != 0))
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "kwargs"),
+    [
+        (("placement", "'activation'", "Functional", "conv", "head"), Functional(), {}),
+        (("activation_modules", "'Gelu'", "relu"), Modular(), {"activation_modules": ("Gelu",)}),
+        (("overrides", "'^stem/'", "conv", "head", "relu"), Modular(), {"overrides": (("^stem/", {"act_bits": 8}),)}),
+        (("placement", "'operand'", "Swish"), Swish(), {"placement": "operand", "weight_bits": None}),
+        (("weight_bits", "Swish"), Swish(), {"placement": "operand"}),
+    ],
+)
+def test_what_matches_nothing_is_refused(images, words, model, kwargs):
+    variables = {"params": {}, **model.init(jax.random.key(0), images)}
+    student = quantize(model, QuantSpec(**kwargs))
+    with one_line_error(ValueError, *words):
+        student.apply(variables, images)
+
+
+def test_wrong_types_are_refused():
+    with one_line_error(TypeError, "model", "str"):
+        quantize("resnet", QuantSpec())
+    with one_line_error(TypeError, "spec", "dict"):
+        quantize(Modular(), {"act_bits": 3})
+    with one_line_error(ValueError, "impl", "'triton'"):
+        quantize(Modular(), QuantSpec(), impl="triton")
