@@ -137,14 +137,12 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
 
 def _from_json(path: Path) -> ConfigDict:
     config = default_config()
-    defaults = dict(_leaves(config))
     try:
         values = dict(_leaves(json.loads(path.read_text())))
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"config: {str(path)!r} is not a run's config.json: {error}") from None
     for key, value in values.items():
-        if key not in defaults:
-            raise ValueError(f"config.{key}: {str(path)!r} has it, but there is no such setting")
+        check_setting_exists(key)
         with config.ignore_type():  # the check before a run names what is wrong
             config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     config.lock()
@@ -240,6 +238,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
+def check_setting_exists(key: str) -> None:
+    """Raises a ``ValueError`` that lists all settings if ``key`` (``quant.act_bits``) is not one."""
+    if key not in CHECKS:
+        raise ValueError(f"config.{key}: there is no such setting; allowed are {', '.join(CHECKS)}")
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises a ``ValueError`` that names the first setting that is not allowed.
 
@@ -252,8 +256,8 @@ def check_config(config: ConfigDict) -> None:
       ValueError: config.quant.weight_bits: got 9, allowed are whole numbers from 2 to 8
     """
     values = dict(_leaves(config))
-    for key in values.keys() - CHECKS.keys():
-        raise ValueError(f"config.{key}: there is no such setting; allowed are {', '.join(CHECKS)}")
+    for key in values:
+        check_setting_exists(key)
     for key, (holds, allowed) in CHECKS.items():
         if key not in values:
             raise ValueError(f"config.{key}: not set, allowed are {allowed}")
@@ -268,6 +272,12 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(
             f"config.warmup_epochs: got {config.warmup_epochs}, "
             f"allowed are whole numbers up to config.epochs, {config.epochs}"
+        )
+    steps = config.epochs * config.steps_per_epoch
+    if config.profile.steps and config.profile.start + config.profile.steps > steps:
+        raise ValueError(
+            f"config.profile.start: got {config.profile.start} with config.profile.steps {config.profile.steps}, "
+            f"allowed are traces that end within the run's {steps} steps"
         )
     network, dataset = NETWORKS[config.network], DATASETS[config.dataset]
     for what in ("classes", "image_size", "channels"):

@@ -24,8 +24,8 @@ def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> entropy(jnp.zeros((1, 4))).round(4).tolist()  # log 4
-      [1.3863]
+      >>> round(float(entropy(jnp.zeros((1, 4)))[0]), 4)  # log 4
+      1.3863
     """
     log_p = jax.nn.log_softmax(logits / temperature)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from granq_jax.config import load_config
+from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import evaluate_run
 from granq_jax.train import train_and_evaluate
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="a config's path or name; to evaluate, the run's own by default")
     parser.add_argument("--workdir", type=Path, help="where the run's files go; by default runs/CONFIG_NAME")
     parser.add_argument("--mode", choices=MODES, default="train")
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = parser.parse_known_args(argv)  # exits with 2 if they are wrong
     try:
         if options.config is None and (options.mode != "evaluate" or options.workdir is None):
             raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
@@ -53,15 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """``config`` with ``--config.KEY=VALUE`` arguments applied, each parsed by the setting's type."""
+    for argument in overrides:
+        key, equals, _ = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise ValueError(f"arguments: got {argument!r}, allowed are --config.KEY=VALUE and those of --help")
+        check_setting_exists(key)
     values = flags.FlagValues()
     argv = ["main", *overrides]
     try:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        rest = values(argv)
-    except (flags.Error, AttributeError, KeyError) as error:
+        values(argv)
+    except flags.Error as error:
         raise ValueError(str(error)) from None
-    if rest[1:]:
-        raise ValueError(f"arguments: got {' '.join(rest[1:])}, allowed are --config.KEY=VALUE and those of --help")
     return holder.value
 
 

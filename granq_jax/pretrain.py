@@ -57,7 +57,7 @@ def pretrain(model: nn.Module, split: Split, settings: PretrainSettings) -> Mapp
     optimizer = optax.chain(
         optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
-    variables = model.init(jax.random.key(settings.seed), jnp.asarray(split.dataset.normalise(split.images[:1])))
+    variables = jax.jit(model.init)(jax.random.key(settings.seed), split.dataset.normalise(split.images[:1]))
     opt_state = optimizer.init(variables["params"])
 
     @partial(jax.jit, donate_argnums=(0, 1))

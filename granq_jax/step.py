@@ -163,7 +163,7 @@ class Trainer:
         # A stream of its own, so that the weights do not repeat the noise of the steps.
         key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
-        generator = self.generator.init(key, z, labels)
+        generator = jax.jit(self.generator.init)(key, z, labels)
         student = jax.tree.map(jnp.copy, teacher)
         return TrainState(
             step=jnp.zeros((), jnp.int32),

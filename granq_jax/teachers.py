@@ -48,6 +48,7 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Mapping[str, Any]:
     if not path.exists():
         settings = PretrainSettings(**config.teacher_training.to_dict(), seed=config.seed)
         split = load_split(config.dataset, "train", config.data_dir)
+        teacher = pretrain(create_model(config.network), split, settings)
         workdir.mkdir(parents=True, exist_ok=True)
-        save_variables(path, pretrain(create_model(config.network), split, settings))
+        save_variables(path, teacher)
     return load_variables(path)

@@ -43,9 +43,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
       ValueError, TypeError, FileNotFoundError, ImportError: for a setting, teacher, data set or
         workdir that cannot be used, before anything is written.
 
-    Example:
-      >>> config = load_config("digits_w3a3")  # doctest: +SKIP
-      >>> train_and_evaluate(config, "runs/digits")["student_top1"]  # doctest: +SKIP
+    Example::
+
+      config = load_config("digits_w3a3")
+      result = train_and_evaluate(config, "runs/digits_w3a3")
+      print(result["teacher_top1"], result["student_top1"])
     """
     check_config(config)
     workdir = Path(workdir)

@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from granq_jax import load_config
+from granq_jax.build import make_trainer
+from granq_jax.config import CHECKS, check_config, default_config
+from tests.conftest import one_line_error
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*_*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_loads_by_name_and_path_and_is_allowed(name):
+    by_name, by_path = load_config(name), load_config(CONFIGS / f"{name}.py")
+    assert by_name.to_dict() == by_path.to_dict()
+    check_config(by_name)
+    bits = int(name[-1])
+    trainer = make_trainer(by_name)
+    assert trainer.spec.weight_bits == trainer.spec.act_bits == bits
+
+
+def test_a_saved_config_is_read_back(tmp_path):
+    config = load_config("digits_w3a3")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert load_config(tmp_path / "config.json").to_dict() == config.to_dict()
+
+
+def test_every_setting_is_checked():
+    config = default_config()
+    leaves = {key for key, _ in _flat(config.to_dict())}
+    assert leaves == set(CHECKS)
+
+
+def _flat(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("seed", -1, "from 0"),
+        ("seed", 1.5, "whole numbers"),
+        ("network", "resnet21", "resnet20_cifar10"),
+        ("dataset", "mnist", "digits"),
+        ("dataset", "cifar100", "classes 10"),
+        ("dataset", "digits", "image_size 32"),
+        ("batch_size", 0, "from 2"),
+        ("batch_size", True, "from 2"),
+        ("epochs", 0, "from 1"),
+        ("steps_per_epoch", "200", "from 1"),
+        ("warmup_epochs", 201, "up to config.epochs, 200"),
+        ("eval", "train", "'none'"),
+        ("quant.weight_bits", 1, "2 to 8"),
+        ("quant.weight_bits", 9, "2 to 8"),
+        ("quant.act_bits", 3.0, "2 to 8"),
+        ("quant.weight_granularity", "channel", "out_channel"),
+        ("quant.act_granularity", "kernel", "sample_channel"),
+        ("quant.placement", "output", "operand"),
+        ("quant.impl", "cuda", "pallas"),
+        ("student.lr", -1e-4, "from 0"),
+        ("student.lr", float("nan"), "finite"),
+        ("student.momentum", 1.5, "to 1"),
+        ("generator.betas", (0.5,), "pairs"),
+        ("decay_epochs", (200, 100), "increasing"),
+        ("loss.temperature", 0.0, "above 0"),
+        ("loss.lambda_lower", 0.9, "up to config.loss.lambda_upper"),
+        ("profile.steps", -1, "from 0"),
+        ("teacher_training.flip", 1, "True and False"),
+    ],
+)
+def test_bad_values_are_refused(key, value, allowed):
+    config = default_config()
+    *parents, leaf = key.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    with config.ignore_type():
+        section[leaf] = value
+    with one_line_error(ValueError, f"config.{key}", str(value), allowed):
+        check_config(config)
+
+
+def test_an_unknown_setting_is_refused():
+    config = default_config()
+    config.quant.bits = 3
+    with one_line_error(ValueError, "config.quant.bits", "no such setting"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1", ("get_config",)),
+        ("import nothing_like_it", ("nothing_like_it",)),
+        ("def get_config():\n    return {}", ("dict", "ConfigDict")),
+    ],
+)
+def test_bad_config_files_are_refused(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with one_line_error(ValueError, "mine.py", *words):
+        load_config(path)
+
+
+def test_an_unknown_config_lists_those_there_are():
+    with one_line_error(ValueError, "'cifar10_w9a9'", *NAMES):
+        load_config("cifar10_w9a9")

@@ -1,0 +1,37 @@
+"""Several devices compute what one computes. In processes of their own, which have eight devices."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from granq_jax.devices import sample_index
+from tests.conftest import one_line_error
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "device_agreement.py"
+
+
+def agreement(*arguments):
+    command = [sys.executable, str(SCRIPT), "--json", "--dtypes", "float64", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200)
+    return json.loads(finished.stdout)["float64"]
+
+
+@pytest.mark.parametrize(
+    ("network", "granularity"),
+    [("resnet8_digits", "tensor"), ("resnet20_cifar10", "sample_channel")],
+)
+@pytest.mark.slow
+def test_losses_agree_in_float64(network, granularity):
+    table = agreement("--network", network, "--granularity", granularity)
+    assert set(table) == {"2", "4", "8"}
+    for terms in table.values():
+        assert max(terms) < 1e-9
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with one_line_error(ValueError, "config.batch_size", "20", "3 devices", "18 or 21"):
+        sample_index(20, jax.devices() * 3, "config.batch_size")

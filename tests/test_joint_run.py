@@ -1,0 +1,106 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer, create_model
+from granq_jax.joint_run import JointRun, zero_shot_quantize
+from granq_jax.step import sample_noise
+from tests.conftest import one_line_error
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return jax.jit(create_model("resnet8_digits").init)(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+
+
+def make_trainer(**changes):
+    settings = {"optimizers": OptimizerSettings(steps_per_epoch=2, warmup_epochs=1, student_lr=1e-3), "batch_size": 4}
+    return Trainer(
+        model=create_model("resnet8_digits"), generator=Generator(10, 8, 1), spec=QuantSpec(), **{**settings, **changes}
+    )
+
+
+@pytest.fixture
+def compilations():
+    """Counts what XLA compiles from now on."""
+    names = []
+
+    def listener(event, duration, **_):
+        if event == COMPILED:
+            names.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_each_phase_compiles_once_and_moves_nothing_but_metrics(teacher, compilations):
+    run = JointRun(make_trainer(), teacher, jax.local_devices())
+    compilations.clear()
+    for warmup in (True, False):
+        run.advance(warmup)  # the first step of a phase compiles it
+        assert compilations
+        compilations.clear()
+        for _ in range(4):
+            with jax.transfer_guard("disallow"):
+                metrics = run.advance(warmup)
+            chex.assert_tree_all_finite(jax.device_get(metrics))
+        assert not compilations
+    assert int(run.state.step) == 10
+
+
+def test_only_the_generator_moves_in_the_warm_up(teacher):
+    run = JointRun(make_trainer(), teacher, jax.local_devices())
+    generator = jax.device_get(run.state.generator["params"])
+    run.advance(warmup=True)
+    chex.assert_trees_all_equal(jax.device_get(run.state.student), jax.device_get(teacher))
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), generator, jax.device_get(run.state.generator["params"]))
+    assert all(jax.tree.leaves(moved))
+    run.advance(warmup=False)
+    chex.assert_trees_all_equal(run.state.student["batch_stats"], jax.device_get(teacher["batch_stats"]))
+    moved = jax.tree.map(
+        lambda a, b: bool(np.any(a != b)), teacher["params"], jax.device_get(run.state.student["params"])
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+def test_zero_shot_quantize_returns_the_students_variables(teacher):
+    student = zero_shot_quantize(make_trainer(), teacher, epochs=2)
+    chex.assert_trees_all_equal_shapes_and_dtypes(student, jax.device_get(teacher))
+    chex.assert_tree_all_finite(student)
+
+
+def test_noise_depends_on_seed_step_and_index_only(x64):
+    trainer = make_trainer()
+    z, labels = sample_noise(trainer, 3, jnp.arange(8))
+    assert z.shape == (8, 100)
+    assert z.dtype == jnp.float32
+    part_z, part_labels = sample_noise(trainer, 3, jnp.array([6, 2]))
+    np.testing.assert_array_equal(part_z, z[jnp.array([6, 2])])
+    np.testing.assert_array_equal(part_labels, labels[jnp.array([6, 2])])
+    for other in (sample_noise(trainer, 4, jnp.arange(8)), sample_noise(make_trainer(seed=1), 3, jnp.arange(8))):
+        assert not np.any(np.isclose(other[0], z).all(axis=1))
+    many = sample_noise(trainer, 0, jnp.arange(4000))
+    np.testing.assert_allclose([many[0].mean(), many[0].std()], [0, 1], atol=0.01)
+    np.testing.assert_allclose(np.bincount(many[1], minlength=10) / 4000, 0.1, atol=0.02)
+
+
+def test_a_teacher_without_batch_norm_is_refused_unless_bns_is_off():
+    import dataclasses
+
+    import flax.linen as nn
+
+    from granq_jax import Activation, LossSettings
+
+    model = nn.Sequential([nn.Conv(4, (3, 3)), Activation(), lambda x: x.mean((1, 2)), nn.Dense(10)])
+    variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+    trainer = dataclasses.replace(make_trainer(), model=model)
+    with one_line_error(ValueError, "losses.gamma", "1.0", "BatchNorm"):
+        JointRun(trainer, variables, jax.local_devices()).advance(warmup=True)
+    without = dataclasses.replace(trainer, losses=LossSettings(gamma=0.0))
+    metrics = JointRun(without, variables, jax.local_devices()).advance(warmup=True)
+    assert float(metrics["bns"]) == 0.0

@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from granq_jax import main as command
+from granq_jax.main import main
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Records (config, workdir) of each mode instead of running it."""
+    seen = []
+    for mode in command.MODES:
+        monkeypatch.setitem(command.MODES, mode, lambda config, workdir: seen.append((config, workdir)) or {})
+    return seen
+
+
+def test_settings_are_overridden_and_typed(calls, tmp_path):
+    arguments = ["--config.quant.weight_bits=4", "--config.student.lr=0.5", "--config.decay_epochs=(7, 9)"]
+    assert main(["--config", "digits_w3a3", "--workdir", str(tmp_path), "--config.teacher=a.npz", *arguments]) == 0
+    ((config, workdir),) = calls
+    assert (config.quant.weight_bits, config.student.lr, config.decay_epochs) == (4, 0.5, (7, 9))
+    assert config.teacher == "a.npz"
+    assert workdir == tmp_path
+
+
+def test_the_workdir_is_named_after_the_config(calls):
+    assert main(["--config=configs/digits_w3a3.py"]) == 0
+    assert str(calls[0][1]) == "runs/digits_w3a3"
+
+
+def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quant": {"act_bits": 7}}))
+    for config in ([], ["--config=digits_w3a3"]):
+        main(["--mode=evaluate", f"--workdir={tmp_path}", *config, "--config.data_dir=here"])
+    for config, _ in calls:
+        assert (config.quant.act_bits, config.data_dir) == (7, "here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--config", "not given"]),
+        (["--config=nothing"], ["config", "'nothing'", "digits_w3a3"]),
+        (["--config=digits_w3a3", "--config.quant.bits=3"], ["quant.bits"]),
+        (["--config=digits_w3a3", "--config.quant.act_bits=three"], ["quant.act_bits", "three"]),
+        (["--config=digits_w3a3", "--config.quant.act_bits=9"], ["config.quant.act_bits", "9", "2 to 8"]),
+        (["--config=digits_w3a3", "--steps=9"], ["steps"]),
+        (["--config=digits_w3a3", "9"], ["arguments", "9"]),
+        (["--mode=evaluate", "--workdir=nowhere"], ["--workdir", "'nowhere'"]),
+        (["--mode=evaluate", "--config=digits_w3a3", "--workdir=nowhere"], ["workdir", "'nowhere'"]),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(capsys, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_itself_exits_with_2(tmp_path):
+    command = [sys.executable, "-m", "granq_jax.main", "--config=cifar10_w3a3", "--mode=invent"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    assert "--mode" in finished.stderr.splitlines()[-1]

@@ -1,0 +1,174 @@
+"""Whole runs of a few steps, and what they leave behind."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import granq_jax.train
+from granq_jax import load_config, train_and_evaluate
+from granq_jax.build import make_trainer
+from granq_jax.checkpoint import Checkpoints
+from granq_jax.data import load_split
+from granq_jax.devices import place
+from granq_jax.evaluate import evaluate_run, float_top1
+from granq_jax.step import TrainState
+from tests.conftest import one_line_error
+
+RESULT = {
+    *("dataset", "eval_examples", "network", "weight_bits", "act_bits", "weight_granularity", "act_granularity"),
+    *("teacher_top1", "student_top1_before", "student_top1", "best_top1", "best_step", "steps", "seconds_per_step"),
+    *("compile_seconds", "peak_rss_mb", "seed", "devices", "versions", "effective_weight_bits"),
+}
+TRAIN_LINE = ["step", "epoch", "loss_g", "loss_s", "hinge", "onehot", "bns", "lr_g", "lr_s", "seconds"]
+
+
+def tiny_config(**changes):
+    config = load_config("digits_w3a3")
+    config.epochs, config.steps_per_epoch, config.warmup_epochs = 3, 4, 1
+    config.batch_size, config.log_every_steps, config.eval_every_epochs = 8, 3, 2
+    config.teacher_training.epochs = 2
+    config.profile.start, config.profile.steps = 2, 3
+    config.decay_epochs = (2,)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train_and_evaluate(tiny_config(), workdir)
+
+
+def test_the_result(finished):
+    workdir, result = finished
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert result.keys() >= RESULT
+    assert (result["steps"], result["eval_examples"], result["best_step"] % 4) == (12, 360, 0)
+    for accuracy in ("teacher_top1", "student_top1_before", "student_top1", "best_top1"):
+        assert 0 <= result[accuracy] <= 100
+    assert result["best_top1"] >= result["student_top1"]
+    assert 3.0 < result["effective_weight_bits"] < 4.0
+
+
+def test_the_metrics(finished):
+    lines = metrics_of(finished[0])
+    training = [line for line in lines if "loss_g" in line]
+    assert [line["step"] for line in training] == [3, 4, 6, 8, 9, 12]
+    assert [line["epoch"] for line in training] == [0, 1, 1, 2, 2, 3]
+    assert [line["lr_s"] for line in training] == pytest.approx([1e-3] * 4 + [1e-4] * 2)
+    for line in training:
+        assert list(line) == TRAIN_LINE
+        assert np.isfinite(list(line.values())).all()
+        # The generator's loss is the sum of its terms, all of weight 1 here.
+        assert line["loss_g"] == pytest.approx(line["hinge"] + line["onehot"] + line["bns"], rel=1e-5)
+    evaluations = [line for line in lines if "student_top1" in line]
+    assert [list(line) for line in evaluations] == [["step", "epoch", "student_top1"]] * 2
+    assert [line["step"] for line in evaluations] == [8, 12]
+
+
+def test_the_trace(finished):
+    names = {path.name.split(".", 1)[1] for path in (finished[0] / "profile").rglob("*.*") if path.is_file()}
+    assert "xplane.pb" in names  # XProf
+    assert "json.gz" in names  # Perfetto
+
+
+def test_a_run_is_reproducible(finished, tmp_path):
+    train_and_evaluate(tiny_config(), tmp_path)
+
+    def without_seconds(workdir):
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics_of(workdir)]
+
+    assert without_seconds(tmp_path) == without_seconds(finished[0])
+
+
+def test_another_seed_is_another_run(finished, tmp_path):
+    other = train_and_evaluate(tiny_config(**{"seed": 1, "eval": "none", "profile.steps": 0}), tmp_path)
+    assert other["student_top1"] is None
+    assert metrics_of(tmp_path)[0]["loss_g"] != metrics_of(finished[0])[0]["loss_g"]
+
+
+def test_a_finished_run_is_evaluated(finished):
+    workdir, result = finished
+    evaluation = evaluate_run(load_config(workdir / "config.json"), workdir)
+    assert evaluation["student_top1"] == result["student_top1"]
+    assert evaluation["step"] == result["steps"]
+    assert json.loads((workdir / "evaluation.json").read_text()) == evaluation
+
+
+def test_a_student_checkpoint_loads_into_the_float_model(finished):
+    trainer = make_trainer(tiny_config())
+    like = jax.eval_shape(
+        lambda: trainer.init(trainer.model.init(jax.random.key(0), np.ones((1, 8, 8, 1), np.float32)))
+    )
+    with Checkpoints(finished[0]) as checkpoints:
+        state = checkpoints.restore(checkpoints.latest_step(), like)
+    assert isinstance(state, TrainState)
+    assert int(state.step) == 12
+    top1 = float_top1(trainer.model, load_split("digits", "test"), 120, jax.local_devices())
+    assert top1(state.student) > 50
+
+
+def test_the_size_of_evaluation_batches_does_not_matter(finished):
+    workdir, result = finished
+    config = load_config(workdir / "config.json")
+    config.eval_batch_size = 77
+    assert evaluate_run(config, workdir)["student_top1"] == result["student_top1"]
+
+
+def test_without_evaluation_no_data_is_needed(tmp_path, monkeypatch, finished):
+    def refuse(*_):
+        raise AssertionError("data were asked for")
+
+    monkeypatch.setattr(granq_jax.train, "load_split", refuse)
+    (tmp_path / "teacher.safetensors").write_bytes((finished[0] / "teacher.safetensors").read_bytes())
+    result = train_and_evaluate(tiny_config(**{"eval": "none", "profile.steps": 0}), tmp_path)
+    assert result["teacher_top1"] is result["student_top1_before"] is result["best_step"] is None
+    assert result["eval_examples"] == 0
+    with one_line_error(ValueError, "config.eval", "'none'"):
+        evaluate_run(load_config(tmp_path / "config.json"), tmp_path)
+
+
+def test_what_is_there_is_not_overwritten(finished):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with one_line_error(ValueError, "workdir", str(workdir), "already holds a run"):
+        train_and_evaluate(tiny_config(), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "changes"),
+    [
+        (ValueError, ("config.quant.act_bits", "12"), {"quant.act_bits": 12}),
+        (ValueError, ("config.teacher", "not set", "'train'"), {"teacher": ""}),
+        (FileNotFoundError, ("config.teacher", "none.npz"), {"teacher": "none.npz"}),
+        (
+            ValueError,
+            ("config.data_dir", "cifar10", "--config.eval=none"),
+            {"dataset": "cifar10", "network": "resnet20_cifar10", "data_dir": "/nowhere"},
+        ),
+        (ValueError, ("teacher_training.batch_size", "2000", "1437"), {"teacher_training.batch_size": 2000}),
+        (ValueError, ("config.profile", "12"), {"profile.start": 10, "profile.steps": 5}),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, error, words, changes):
+    workdir = tmp_path / "run"
+    with one_line_error(error, *words):
+        train_and_evaluate(tiny_config(**changes), workdir)
+    assert not workdir.exists()
+
+
+def test_a_run_without_checkpoints_cannot_be_evaluated(tmp_path):
+    with one_line_error(ValueError, "workdir", "no checkpoint"):
+        evaluate_run(tiny_config(), tmp_path)
+
+
+def test_placed_arrays_are_whole_everywhere():
+    array = place(np.arange(3), jax.local_devices())
+    assert array.sharding.is_fully_replicated
