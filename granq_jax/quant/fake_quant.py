@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
+from granq_jax.kernels import sample_channel
 from granq_jax.quant.affine import (
     affine_codes,
     affine_values,
@@ -15,6 +17,8 @@ from granq_jax.quant.affine import (
     scale_and_zero_point,
 )
 from granq_jax.quant.spec import IMPLEMENTATIONS, check_bits, check_choice, kept_axes
+
+_KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def fake_quant(
@@ -42,8 +46,8 @@ def fake_quant(
         :func:`granq_jax.quant.spec.kept_axes`.
       impl: ``"xla"``; ``"pallas"``, the GPU kernel; ``"pallas_interpret"``, the same kernel run by
         Pallas' interpreter on any platform; or ``"auto"``, the kernel where the program is lowered
-        for a GPU and XLA elsewhere. The kernel covers ``"sample_channel"`` on four dimensions;
-        ``"auto"`` uses XLA for the rest.
+        for a GPU and XLA elsewhere. The kernel covers ``"sample_channel"`` of (N, H, W, C) in
+        float32, bfloat16 and float16; XLA computes the rest whatever ``impl`` says.
       axis_name: mapped axis (of ``pmap`` or ``shard_map``) that splits the batch. Ranges that
         several samples share are then taken over all devices, as one device would.
 
@@ -75,7 +79,16 @@ def _xla(x, bits, granularity, axis_name):
 
 
 def _forward(x, bits, granularity, impl, axis_name):
-    return _xla(x, bits, granularity, axis_name)
+    by_xla = partial(_xla, bits=bits, granularity=granularity, axis_name=axis_name)
+    by_kernel = partial(sample_channel.fake_quant, bits=bits)
+    covered = granularity == "sample_channel" and x.ndim == 4 and x.size > 0 and x.dtype in _KERNEL_DTYPES
+    if impl == "xla" or not covered:
+        return by_xla(x)
+    if impl == "pallas_interpret":
+        return by_kernel(x, interpret=True)
+    if impl == "pallas":
+        return by_kernel(x)
+    return jax.lax.platform_dependent(x, cuda=by_kernel, rocm=by_kernel, default=by_xla)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))

@@ -41,7 +41,7 @@ def test_resnet20_sites():
 
 def test_weights_are_a_pure_function_of_the_parameters():
     model = create_model("resnet8_digits")
-    params = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 8, 8, 1)))["params"]
     flat = flatten_dict(params)
     quantized = flatten_dict(quantize_params(params, QuantSpec(weight_bits=3)))
     assert flat.keys() == quantized.keys()
@@ -128,9 +128,9 @@ def test_overrides_reach_weights_and_activations(images):
 def test_gradients_reach_weights_and_images(images):
     model = create_model("resnet8_digits")
     x = images[..., :1]
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     student = quantize(model, QuantSpec())
-    gradients = jax.grad(lambda p, x: jnp.sum(student.apply({**variables, "params": p}, x)), argnums=(0, 1))(
+    gradients = jax.jit(jax.grad(lambda p, x: jnp.sum(student.apply({**variables, "params": p}, x)), argnums=(0, 1)))(
         variables["params"], x
     )
     for leaf in jax.tree.leaves(gradients):
