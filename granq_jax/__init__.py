@@ -10,8 +10,8 @@ from granq_jax.quant import dequantize as dequantize
 from granq_jax.quant import fake_quant as fake_quant
 from granq_jax.quant import quantize as quantize
 from granq_jax.quant import quantize_codes as quantize_codes
-from granq_jax.step import LossSettings as LossSettings
-from granq_jax.step import OptimizerSettings as OptimizerSettings
-from granq_jax.step import Trainer as Trainer
 from granq_jax.torch_import import load_torch as load_torch
 from granq_jax.train import train_and_evaluate as train_and_evaluate
+from granq_jax.trainer import LossSettings as LossSettings
+from granq_jax.trainer import OptimizerSettings as OptimizerSettings
+from granq_jax.trainer import Trainer as Trainer

@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 from granq_jax.data import DATASETS
 from granq_jax.models import Generator, create_model
 from granq_jax.quant import QuantSpec
-from granq_jax.step import LossSettings, OptimizerSettings, Trainer
+from granq_jax.trainer import LossSettings, OptimizerSettings, Trainer
 
 
 def make_trainer(config: ConfigDict) -> Trainer:
-    """The :class:`~granq_jax.step.Trainer` that a config describes."""
+    """The :class:`~granq_jax.trainer.Trainer` that a config describes."""
     dataset = DATASETS[config.dataset]
     return Trainer(
         model=create_model(config.network),

@@ -18,7 +18,8 @@ from granq_jax.data import Split, batches, load_split
 from granq_jax.devices import AXIS, place, sample_index
 from granq_jax.quant import effective_weight_bits, quantize
 from granq_jax.record import describe, versions, write_json
-from granq_jax.step import Trainer, evaluation_mode
+from granq_jax.step import evaluation_mode
+from granq_jax.trainer import Trainer
 
 Top1 = Callable[[Any], float]
 

@@ -10,14 +10,15 @@ import jax
 from tqdm.auto import tqdm
 
 from granq_jax.devices import place, sample_index
-from granq_jax.step import Trainer, TrainState, Variables, mapped_step
+from granq_jax.step import mapped_step
+from granq_jax.trainer import Trainer, TrainState, Variables
 
 
 class JointRun:
     """Joint steps over devices: state placed once, each phase compiled once.
 
     Attributes:
-      state: the :class:`~granq_jax.step.TrainState` after the last step.
+      state: the :class:`~granq_jax.trainer.TrainState` after the last step.
       compile_seconds: spent compiling so far.
     """
 

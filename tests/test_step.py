@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from granq_jax import OptimizerSettings, Trainer
 from granq_jax import step as joint
 from granq_jax.models import Generator, create_model
 from granq_jax.quant import QuantSpec
@@ -15,11 +16,11 @@ NAME = "resnet20_cifar10"
 
 
 def golden_trainer():
-    return joint.Trainer(
+    return Trainer(
         model=create_model(NAME),
         generator=Generator(classes=10),
         spec=QuantSpec(weight_bits=3, act_bits=3, weight_granularity="kernel"),
-        optimizers=joint.OptimizerSettings(warmup_epochs=1, steps_per_epoch=2),
+        optimizers=OptimizerSettings(warmup_epochs=1, steps_per_epoch=2),
         batch_size=16,
         dtype=jnp.float64,
     )

@@ -48,7 +48,7 @@ def test_values(shape, dtype):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_drawn_shapes(shape, bits, dtype, seed):
     x = normal(shape, dtype, seed)
     y = sample_channel.fake_quant(x, bits, interpret=True)

@@ -1,0 +1,158 @@
+"""What a run of joint steps is made of: settings, optimizers, and the state that the steps change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from granq_jax import schedules
+from granq_jax.models.generator import Generator
+from granq_jax.quant import QuantSpec
+
+Variables = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Learning rates and their decays.
+
+    Attributes:
+      student_lr: of SGD with Nesterov momentum.
+      student_momentum: its momentum.
+      student_weight_decay: L2 term on every parameter, batch norms and biases included.
+      generator_lr: of Adam.
+      generator_betas: its decay rates.
+      decay_epochs: both rates fall to a tenth at each.
+      steps_per_epoch: length of an epoch.
+      warmup_epochs: epochs at the start in which only the generator moves.
+    """
+
+    student_lr: float = 1e-4
+    student_momentum: float = 0.9
+    student_weight_decay: float = 1e-4
+    generator_lr: float = 1e-3
+    generator_betas: tuple[float, float] = (0.5, 0.999)
+    decay_epochs: tuple[int, ...] = (100, 200, 300)
+    steps_per_epoch: int = 200
+    warmup_epochs: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Weights of the loss terms: L_G = hinge + beta (alpha_ds ds + alpha_as as) + gamma BNS.
+
+    Attributes:
+      alpha_ds: of the discrepancy.
+      alpha_as: of the agreement.
+      beta: of both together.
+      gamma: of the batch-norm statistics.
+      lambda_lower: lower bound of the balance hinge.
+      lambda_upper: upper bound of the balance hinge.
+      temperature: of the distillation.
+    """
+
+    alpha_ds: float = 0.2
+    alpha_as: float = 0.1
+    beta: float = 1.0
+    gamma: float = 1.0
+    lambda_lower: float = 0.1
+    lambda_upper: float = 0.8
+    temperature: float = 20.0
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step changes: a pytree.
+
+    Attributes:
+      step: number of steps taken, int32.
+      generator: its variables.
+      student: its variables; same tree as the teacher's.
+      generator_opt: optimizer state.
+      student_opt: optimizer state.
+    """
+
+    step: jax.Array
+    generator: Variables
+    student: Variables
+    generator_opt: optax.OptState
+    student_opt: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What a run of joint steps is made of; everything in it is fixed while it lasts.
+
+    Attributes:
+      model: the teacher's module, which is the student's too.
+      generator: the generator's module; its ``axis_name`` is set here.
+      spec: how the student is quantized.
+      impl: how its ``fake_quant`` is computed, see :func:`granq_jax.fake_quant`.
+      losses: weights of the loss terms.
+      optimizers: learning rates.
+      batch_size: samples a step, over all devices.
+      latent: length of a noise vector.
+      seed: of noise and labels.
+      dtype: of noise, and so of generator and images.
+    """
+
+    model: nn.Module
+    generator: Generator
+    spec: QuantSpec
+    impl: str = "auto"
+    losses: LossSettings = LossSettings()
+    optimizers: OptimizerSettings = OptimizerSettings()
+    batch_size: int = 16
+    latent: int = 100
+    seed: int = 0
+    dtype: Any = jnp.float32
+
+    @property
+    def generator_schedule(self) -> optax.Schedule:
+        """Learning rate of the generator by global step."""
+        o = self.optimizers
+        return schedules.step_decay(o.generator_lr, o.decay_epochs, o.steps_per_epoch)
+
+    @property
+    def student_schedule(self) -> optax.Schedule:
+        """Learning rate of the student by global step."""
+        o = self.optimizers
+        return schedules.step_decay(o.student_lr, o.decay_epochs, o.steps_per_epoch)
+
+    @property
+    def generator_optimizer(self) -> optax.GradientTransformation:
+        """Adam."""
+        b1, b2 = self.optimizers.generator_betas
+        return optax.adam(self.generator_schedule, b1=b1, b2=b2)
+
+    @property
+    def student_optimizer(self) -> optax.GradientTransformation:
+        """SGD with Nesterov momentum and weight decay; it first moves when the warm-up is over."""
+        o = self.optimizers
+        first_step = o.warmup_epochs * o.steps_per_epoch
+        schedule = schedules.step_decay(o.student_lr, o.decay_epochs, o.steps_per_epoch, first_step)
+        return optax.chain(
+            optax.add_decayed_weights(o.student_weight_decay),
+            optax.sgd(schedule, momentum=o.student_momentum, nesterov=True),
+        )
+
+    def init(self, teacher: Variables) -> TrainState:
+        """The state before the first step: a random generator, and the teacher as student."""
+        # A stream of its own, so that the weights do not repeat the noise of the steps.
+        key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
+        z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
+        generator = jax.jit(self.generator.init)(key, z, labels)
+        student = jax.tree.map(jnp.copy, teacher)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            generator=generator,
+            student=student,
+            generator_opt=self.generator_optimizer.init(generator["params"]),
+            student_opt=self.student_optimizer.init(student["params"]),
+        )
