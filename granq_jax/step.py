@@ -145,6 +145,9 @@ def update(
     Returns:
       The state after the step, and the scalars ``loss_g``, ``loss_s``, ``hinge``, ``onehot``,
       ``bns``, ``lr_g`` and ``lr_s`` of the whole batch. Both are equal on all devices.
+
+    Raises:
+      ValueError: if the model's logits do not fit the generator's classes.
     """
     generator = trainer.generator.copy(axis_name=axis_name)
     quantized = quantize(trainer.model, trainer.spec, impl=trainer.impl, axis_name=axis_name)
@@ -161,6 +164,11 @@ def update(
         lambda images: apply_with_moments(trainer.model, teacher, images, axis_name), images
     )
     s, pull_student = jax.vjp(run_student, state.student["params"], images)
+    if t.shape != (len(labels), generator.classes):
+        raise ValueError(
+            f"Generator.classes: got {generator.classes}, but {type(trainer.model).__name__} turns a batch of "
+            f"{len(labels)} images into an array of shape {t.shape}; allowed is its number of classes"
+        )
 
     loss_g = partial(generator_loss, trainer.losses, labels=labels, running=teacher.get("batch_stats", {}))
     (value_g, terms), (to_t, to_moments, to_s) = jax.value_and_grad(

@@ -100,6 +100,9 @@ class Trainer:
       latent: length of a noise vector.
       seed: of noise and labels.
       dtype: of noise, and so of generator and images.
+
+    Raises:
+      ValueError: for a batch size, latent or seed that is not allowed.
     """
 
     model: nn.Module
@@ -112,6 +115,12 @@ class Trainer:
     latent: int = 100
     seed: int = 0
     dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for field, least in (("batch_size", 2), ("latent", 1), ("seed", 0)):
+            value = getattr(self, field)
+            if type(value) is not int or value < least:
+                raise ValueError(f"Trainer.{field}: got {value!r}, allowed are whole numbers from {least}")
 
     @property
     def generator_schedule(self) -> optax.Schedule:

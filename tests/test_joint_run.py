@@ -104,3 +104,16 @@ def test_a_teacher_without_batch_norm_is_refused_unless_bns_is_off():
     without = dataclasses.replace(trainer, losses=LossSettings(gamma=0.0))
     metrics = JointRun(without, variables, jax.local_devices()).advance(warmup=True)
     assert float(metrics["bns"]) == 0.0
+
+
+def test_a_generator_for_another_number_of_classes_is_refused(teacher):
+    run = JointRun(make_trainer(generator=Generator(11, 8, 1)), teacher, jax.local_devices())
+    with one_line_error(ValueError, "Generator.classes", "11", "(4, 10)"):
+        run.advance(warmup=True)
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}])
+def test_bad_trainers_are_refused(changes):
+    ((field, value),) = changes.items()
+    with one_line_error(ValueError, f"Trainer.{field}", str(value)):
+        make_trainer(**changes)
