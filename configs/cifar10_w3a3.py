@@ -1,4 +1,9 @@
-"""CIFAR-10, ResNet-20, 3-bit weights and 3-bit activations."""
+"""CIFAR-10, ResNet-20, 3-bit weights and 3-bit activations.
+
+    python -m granq_jax.main --config configs/cifar10_w3a3.py --config.teacher=CHECKPOINT
+
+The full 200 epochs: not yet measured. For 24 epochs see the README.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,9 @@
-"""CIFAR-10, ResNet-20, 4-bit weights and 4-bit activations."""
+"""CIFAR-10, ResNet-20, 4-bit weights and 4-bit activations.
+
+    python -m granq_jax.main --config configs/cifar10_w4a4.py --config.teacher=CHECKPOINT
+
+Accuracy: not yet measured.
+"""
 
 from granq_jax.configs import cifar10_w3a3
 from ml_collections import ConfigDict

@@ -1,4 +1,9 @@
-"""CIFAR-10, ResNet-20, 5-bit weights and 5-bit activations."""
+"""CIFAR-10, ResNet-20, 5-bit weights and 5-bit activations.
+
+    python -m granq_jax.main --config configs/cifar10_w5a5.py --config.teacher=CHECKPOINT
+
+Accuracy: not yet measured.
+"""
 
 from granq_jax.configs import cifar10_w3a3
 from ml_collections import ConfigDict

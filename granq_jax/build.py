@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import jax
 from ml_collections import ConfigDict
 
 from granq_jax.data import DATASETS
+from granq_jax.devices import sample_index
 from granq_jax.models import Generator, create_model
 from granq_jax.quant import QuantSpec
 from granq_jax.trainer import LossSettings, OptimizerSettings, Trainer
+
+
+def check_devices(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
+    """Raises a ``ValueError`` if the batches or the kernels of a config do not fit ``devices``."""
+    sample_index(config.batch_size, devices, "config.batch_size")
+    if config.eval != "none":
+        sample_index(config.eval_batch_size, devices, "config.eval_batch_size")
+    if config.quant.impl == "pallas" and devices[0].platform != "gpu":
+        raise ValueError(
+            f"config.quant.impl: got 'pallas' on {devices[0].platform}, where only 'auto', 'xla' and "
+            "'pallas_interpret' are allowed"
+        )
 
 
 def make_trainer(config: ConfigDict) -> Trainer:

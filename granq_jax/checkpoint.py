@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,7 @@ class Checkpoints:
 
 
 def save_variables(path: Path, variables: Any) -> None:
-    """Writes Flax variables to a ``.safetensors`` file, under ``/``-joined names."""
-    safetensors.flax.save_file(flax.traverse_util.flatten_dict(variables, sep="/"), path)
-
-
-def load_variables(path: Path) -> dict[str, Any]:
-    """Reads what :func:`save_variables` wrote."""
-    return flax.traverse_util.unflatten_dict(safetensors.flax.load_file(path), sep="/")
+    """Writes Flax variables to a ``.safetensors`` file, under ``/``-joined names, whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    safetensors.flax.save_file(flax.traverse_util.flatten_dict(variables, sep="/"), unfinished)
+    os.replace(unfinished, path)

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import io
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -70,10 +69,7 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     """
     if name == "digits":
         return _load_digits(split)
-    source = _tfds_source(name, split, data_dir)
-    examples = source.__getitems__(range(len(source)))
-    images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(example["image"]))) for example in examples])
-    return Split(DATASETS[name], images, np.array([example["label"] for example in examples], np.int32))
+    return _load_tfds(name, split, data_dir)
 
 
 def batches(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -107,14 +103,14 @@ def _load_digits(split: str) -> Split:
     return Split(DATASETS["digits"], test_images, test_labels)
 
 
-def _tfds_source(name: str, split: str, data_dir: str) -> Any:
+def _load_tfds(name: str, split: str, data_dir: str) -> Split:
     import tensorflow_datasets as tfds
 
     place = data_dir or "TFDS's default directory"
     remedy = (
         f"Give a directory that holds {name} prepared for TFDS as array_record with --config.data_dir=DIR, or where "
-        "there is a network let TFDS prepare it: pip install 'granq-jax[prepare]' and run again, or train without "
-        "evaluation: --config.eval=none"
+        "there is a network let TFDS prepare it: pip install 'granq-jax[prepare]' and run again"
+        + (", or train without evaluation: --config.eval=none" if split == "test" else "")
     )
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
@@ -124,7 +120,10 @@ def _tfds_source(name: str, split: str, data_dir: str) -> Any:
             builder.download_and_prepare()
         if split not in builder.info.splits:
             raise ValueError(f"it has no split {split!r}, only {', '.join(builder.info.splits)}")
-        return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        examples = source.__getitems__(range(len(source)))
+        images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(example["image"]))) for example in examples])
+        return Split(DATASETS[name], images, np.array([example["label"] for example in examples], np.int32))
     except Exception as error:  # whatever TFDS, the disk or the network met, the way out is the same
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"config.data_dir: {name} cannot be read from {place}: {reason}. {remedy}") from error

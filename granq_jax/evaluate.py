@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from granq_jax.build import make_trainer
+from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.config import check_config
 from granq_jax.data import Split, batches, load_split
@@ -60,7 +60,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
     devices = jax.local_devices()
-    sample_index(config.eval_batch_size, devices, "config.eval_batch_size")
+    check_devices(config, devices)
     split = load_split(config.dataset, "test", config.data_dir)
     trainer = make_trainer(config)
     images = jnp.asarray(split.dataset.normalise(split.images[:1]))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import flax.core
 import jax
 from tqdm.auto import tqdm
 
@@ -26,7 +27,7 @@ class JointRun:
         self._trainer = trainer
         self._devices = devices
         self._index = place(sample_index(trainer.batch_size, devices), devices, split=True)
-        self._teacher = place(teacher, devices)
+        self._teacher = place(flax.core.unfreeze(dict(teacher)), devices)
         self._phases: dict[bool, Any] = {}
         self.state: TrainState = place(trainer.init(teacher), devices)
         self.compile_seconds = 0.0
@@ -57,10 +58,13 @@ def zero_shot_quantize(
       devices: to spread the batch over; by default all local ones.
 
     Raises:
-      ValueError: if the batch does not divide evenly over the devices.
+      ValueError: if the batch does not divide evenly over the devices, or no epoch is left after
+        the warm-up.
     """
-    run = JointRun(trainer, teacher, devices or jax.local_devices())
     o = trainer.optimizers
+    if type(epochs) is not int or epochs <= o.warmup_epochs:
+        raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
+    run = JointRun(trainer, teacher, devices or jax.local_devices())
     for step in tqdm(range(epochs * o.steps_per_epoch), unit="step", dynamic_ncols=True):
         run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
     return jax.device_get(run.state.student)

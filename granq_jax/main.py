@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Any setting of the config can be changed with --config.KEY=VALUE.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="a config's path or name; to evaluate, the run's own by default")
+    parser.add_argument("--config", help="a config's path or name; a run is evaluated with its own")
     parser.add_argument("--workdir", type=Path, help="where the run's files go; by default runs/CONFIG_NAME")
     parser.add_argument("--mode", choices=MODES, default="train")
     options, overrides = parser.parse_known_args(argv)  # exits with 2 if they are wrong
@@ -63,8 +63,8 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     try:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
-    except flags.Error as error:
-        raise ValueError(str(error)) from None
+    except (flags.Error, KeyError) as error:  # KeyError: a config file that leaves the setting out
+        raise ValueError(f"arguments: {error}") from None
     return holder.value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +16,10 @@ RATES = ("lr_g", "lr_s")
 
 
 class MetricsLog:
-    """Appends one JSON object a line, flushed as written, and shows how far the run is.
-
-    Attributes:
-      path: of the file.
-    """
+    """Writes one JSON object a line, flushed as written, and shows how far the run is."""
 
     def __init__(self, path: Path, total_steps: int):
-        self.path = path
-        self._file = path.open("a")
+        self._file = path.open("x")
         self._start = time.monotonic()
         self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
 
@@ -42,8 +38,8 @@ class MetricsLog:
         self.say(f"after epoch {epoch}: student top-1 {student_top1:.2f} %")
 
     def say(self, line: str) -> None:
-        """Prints a line without tearing the bar."""
-        tqdm.write(line)
+        """Prints a line to stderr without tearing the bar; stdout is left to results."""
+        tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Closes file and bar."""

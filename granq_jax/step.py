@@ -69,7 +69,12 @@ def apply_with_moments(
 
     def observe(next_call, args, kwargs, context):
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            mean, var = batch_moments(args[0], axis_name)
+            x = args[0] if args else kwargs["x"]
+            if context.module.axis not in (-1, x.ndim - 1):
+                raise ValueError(
+                    f"BatchNorm.axis: got {context.module.axis} at {'/'.join(context.module.path)}, allowed is -1"
+                )
+            mean, var = batch_moments(x, axis_name)
             context.module.sow("moments", "mean", mean)
             context.module.sow("moments", "var", var)
         return next_call(*args, **kwargs)
@@ -114,7 +119,7 @@ def generator_loss(
     ]
     if settings.gamma and not calls:
         raise ValueError(
-            f"losses.gamma: got {settings.gamma}, allowed is 0 only: the teacher has no flax.linen.BatchNorm, "
+            f"LossSettings.gamma: got {settings.gamma}, allowed is 0 only: the teacher has no flax.linen.BatchNorm, "
             "whose statistics the term compares"
         )
     bns = losses.batch_norm_statistics(*zip(*calls, strict=True)) if calls else jnp.zeros((), hinge.dtype)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from granq_jax.checkpoint import load_variables, save_variables
+from granq_jax.checkpoint import save_variables
 from granq_jax.config import TRAIN_A_TEACHER
 from granq_jax.data import load_split
 from granq_jax.models.registry import create_model
@@ -35,20 +37,22 @@ def check_teacher(config: ConfigDict) -> None:
 
 
 def load_teacher(config: ConfigDict, workdir: Path) -> Mapping[str, Any]:
-    """The teacher's variables: read from ``config.teacher``, or trained and kept in ``workdir``.
+    """The teacher's variables, float32: read from ``config.teacher``, or trained.
+
+    A trained teacher is kept in ``workdir/teacher.safetensors``, a file of the kind that
+    ``config.teacher`` may name in other runs.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: as :func:`check_teacher` and
         :func:`granq_jax.load_torch` do.
     """
     check_teacher(config)
-    if config.teacher != TRAIN_A_TEACHER:
-        return load_torch(config.network, config.teacher)
-    path = workdir / TRAINED_TEACHER
-    if not path.exists():
+    if config.teacher == TRAIN_A_TEACHER:
         settings = PretrainSettings(**config.teacher_training.to_dict(), seed=config.seed)
         split = load_split(config.dataset, "train", config.data_dir)
-        teacher = pretrain(create_model(config.network), split, settings)
+        variables = pretrain(create_model(config.network), split, settings)
         workdir.mkdir(parents=True, exist_ok=True)
-        save_variables(path, teacher)
-    return load_variables(path)
+        save_variables(workdir / TRAINED_TEACHER, variables)
+    else:
+        variables = load_torch(config.network, config.teacher)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)

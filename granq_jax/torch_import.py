@@ -26,7 +26,8 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
     """Flax variables of the network ``name`` from a PyTorch state dict.
 
     Convolution kernels turn from OIHW to HWIO and linear weights from (out, in) to (in, out); dtypes
-    are kept. ``num_batches_tracked`` is ignored.
+    are kept. ``num_batches_tracked`` is ignored. A file in this package's own names and layout, as
+    :func:`granq_jax.checkpoint.save_variables` writes it, is read as it is.
 
     Args:
       name: a registered network, see :func:`granq_jax.create_model`.
@@ -51,10 +52,13 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
     """
     info = network(name)
     tensors = _read(source)
+    if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"teacher: {str(source)!r} holds a {type(tensors).__name__}, allowed are tensors by name")
     images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
     shapes = jax.eval_shape(info.model.init, jax.random.key(0), images)
     wanted = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
-    names = {path: torch_name(path) for path in wanted}
+    in_flax_names = any(key.startswith("params/") for key in tensors)
+    names = {path: "/".join(path) if in_flax_names else torch_name(path) for path in wanted}
 
     given = {key: value for key, value in tensors.items() if not key.endswith(_IGNORED)}
     problems = []
@@ -67,13 +71,13 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
         if key not in given:
             continue
         value = _to_numpy(given[key])
-        expected = _torch_layout(wanted[path])
+        expected = wanted[path] if in_flax_names else _torch_layout(wanted[path])
         if value.shape != expected:
             problems.append(f"{key} has shape {list(value.shape)} instead of {list(expected)}")
         elif not jnp.issubdtype(value.dtype, jnp.floating):
             problems.append(f"{key} has dtype {value.dtype}, which is not floating point")
         else:
-            variables[path] = jnp.asarray(_to_flax_layout(value))
+            variables[path] = jnp.asarray(value if in_flax_names else _to_flax_layout(value))
     if problems:
         raise ValueError(f"teacher: the tensors do not fit {name}: {'; '.join(problems)}")
     return flax.traverse_util.unflatten_dict(variables)
@@ -110,7 +114,9 @@ def _to_flax_layout(value: np.ndarray) -> np.ndarray:
 
 
 def _to_numpy(value: Any) -> np.ndarray:
-    return np.asarray(value.detach() if hasattr(value, "detach") else value)
+    if hasattr(value, "detach"):  # a PyTorch tensor; numpy knows no bfloat16 of its
+        value = value.detach().float() if str(value.dtype) == "torch.bfloat16" else value.detach()
+    return np.asarray(value)
 
 
 def _read(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -127,7 +133,7 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
     except ImportError:
         raise
     except Exception as error:  # each reader has errors of its own; what failed is always the file
-        raise ValueError(f"teacher: {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"teacher: {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read_npz(path: Path) -> Mapping[str, Any]:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from granq_jax.build import make_trainer
+from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.config import check_config
-from granq_jax.data import load_split
-from granq_jax.devices import sample_index
+from granq_jax.data import Split, load_split
 from granq_jax.evaluate import float_top1, student_top1
 from granq_jax.joint_run import JointRun
 from granq_jax.metrics import MetricsLog
 from granq_jax.quant import effective_weight_bits
 from granq_jax.record import describe, peak_rss_mb, versions, write_json
-from granq_jax.teachers import check_teacher, load_teacher
+from granq_jax.teachers import TRAINED_TEACHER, check_teacher, load_teacher
+from granq_jax.trainer import Variables
+
+_RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "checkpoints")
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     Raises:
       ValueError, TypeError, FileNotFoundError, ImportError: for a setting, teacher, data set or
         workdir that cannot be used, before anything is written.
+      RuntimeError: if the run itself fails.
 
     Example::
 
@@ -51,17 +55,37 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     """
     check_config(config)
     workdir = Path(workdir)
-    if any((workdir / name).exists() for name in ("metrics.jsonl", "result.json", "checkpoints")):
-        raise ValueError(f"workdir: {str(workdir)!r} already holds a run; give another one, or move it away")
+    _check_workdir(workdir)
     devices = jax.local_devices()
-    sample_index(config.batch_size, devices, "config.batch_size")
-    sample_index(config.eval_batch_size, devices, "config.eval_batch_size")
+    check_devices(config, devices)
     check_teacher(config)
     split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
     teacher = load_teacher(config, workdir)
-
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config.to_dict())
+    try:
+        result = _run(config, workdir, teacher, split, devices)
+    except (ValueError, TypeError) as error:
+        # Past the checks it is no longer the input that is wrong: let the trace be seen.
+        raise RuntimeError(f"the run in {str(workdir)!r} failed: {error}") from error
+    write_json(workdir / "result.json", result)
+    return result
+
+
+def _check_workdir(workdir: Path) -> None:
+    if any((workdir / name).exists() for name in (*_RUN_FILES, TRAINED_TEACHER)):
+        raise ValueError(f"workdir: {str(workdir)!r} already holds a run; give another one, or move it away")
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir: {str(workdir)!r} is a file, allowed is a directory, new or without a run in it")
+    existing = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"workdir: {str(workdir)!r} cannot be written to, allowed is a directory that can")
+
+
+def _run(
+    config: ConfigDict, workdir: Path, teacher: Variables, split: Split | None, devices: Sequence[jax.Device]
+) -> dict[str, Any]:
+    """Trains and evaluates, with metrics and checkpoints; returns what ``result.json`` is to hold."""
     trainer = make_trainer(config)
     total = config.epochs * config.steps_per_epoch
     accuracies: dict[str, float | None] = {"teacher_top1": None, "student_top1_before": None}
@@ -89,7 +113,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
                 checkpoints.save(step, run.state)
 
     best_step = max(evaluations, key=evaluations.__getitem__) if evaluations else None
-    result = {
+    return {
         **describe(config),
         "eval_examples": 0 if split is None else len(split),
         "effective_weight_bits": effective_weight_bits(teacher["params"], trainer.spec),
@@ -106,8 +130,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         "devices": [str(device) for device in devices],
         "versions": versions(),
     }
-    write_json(workdir / "result.json", result)
-    return result
 
 
 def _logged_steps(

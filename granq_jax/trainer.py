@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import flax.struct
 import jax
@@ -43,6 +44,12 @@ class OptimizerSettings:
     steps_per_epoch: int = 200
     warmup_epochs: int = 4
 
+    def __post_init__(self) -> None:
+        for field, least in (("steps_per_epoch", 1), ("warmup_epochs", 0)):
+            value = getattr(self, field)
+            if type(value) is not int or value < least:
+                raise ValueError(f"OptimizerSettings.{field}: got {value!r}, allowed are whole numbers from {least}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
@@ -65,6 +72,15 @@ class LossSettings:
     lambda_lower: float = 0.1
     lambda_upper: float = 0.8
     temperature: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"LossSettings.temperature: got {self.temperature!r}, allowed are numbers above 0")
+        if not 0 <= self.lambda_lower <= self.lambda_upper <= 1:
+            raise ValueError(
+                f"LossSettings.lambda_lower, lambda_upper: got {self.lambda_lower!r}, {self.lambda_upper!r}, "
+                "allowed are 0 <= lower <= upper <= 1"
+            )
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -157,7 +173,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
         generator = jax.jit(self.generator.init)(key, z, labels)
-        student = jax.tree.map(jnp.copy, teacher)
+        student = jax.tree.map(jnp.copy, flax.core.unfreeze(dict(teacher)))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             generator=generator,

@@ -1,8 +1,12 @@
 import contextlib
 import tempfile
 
+import hypothesis
 import jax
 import pytest
+
+hypothesis.settings.register_profile("same_every_time", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same_every_time")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

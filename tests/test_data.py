@@ -7,7 +7,7 @@ import pytest
 from granq_jax.data import DATASETS, batches, load_split
 from tests.conftest import one_line_error
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "tfds"
+PREPARED = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere")) / "tfds"
 
 
 def test_digits_are_split_without_overlap_and_evenly():
@@ -38,9 +38,9 @@ def test_normalisation(name):
     np.testing.assert_allclose(dataset.normalise(raw)[0, 0, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs a prepared CIFAR-10")
+@pytest.mark.skipif(not PREPARED.exists(), reason="needs CIFAR-10 for TFDS in $GRANQ_JAX_TEST_DATA/tfds")
 def test_cifar10_is_read_from_tfds():
-    split = load_split("cifar10", "test", os.fspath(SHARED))
+    split = load_split("cifar10", "test", os.fspath(PREPARED))
     assert split.images.shape == (10_000, 32, 32, 3)
     assert split.images.dtype == np.uint8
     assert np.bincount(split.labels).tolist() == [1000] * 10

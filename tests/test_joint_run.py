@@ -18,10 +18,14 @@ def teacher():
 
 
 def make_trainer(**changes):
-    settings = {"optimizers": OptimizerSettings(steps_per_epoch=2, warmup_epochs=1, student_lr=1e-3), "batch_size": 4}
-    return Trainer(
-        model=create_model("resnet8_digits"), generator=Generator(10, 8, 1), spec=QuantSpec(), **{**settings, **changes}
-    )
+    settings = {
+        "model": create_model("resnet8_digits"),
+        "generator": Generator(10, 8, 1),
+        "spec": QuantSpec(),
+        "optimizers": OptimizerSettings(steps_per_epoch=2, warmup_epochs=1, student_lr=1e-3),
+        "batch_size": 4,
+    }
+    return Trainer(**{**settings, **changes})
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def test_each_phase_compiles_once_and_moves_nothing_but_metrics(teacher, compila
         assert compilations
         compilations.clear()
         for _ in range(4):
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow_explicit"):
                 metrics = run.advance(warmup)
             chex.assert_tree_all_finite(jax.device_get(metrics))
         assert not compilations
@@ -99,7 +103,7 @@ def test_a_teacher_without_batch_norm_is_refused_unless_bns_is_off():
     model = nn.Sequential([nn.Conv(4, (3, 3)), Activation(), lambda x: x.mean((1, 2)), nn.Dense(10)])
     variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
     trainer = dataclasses.replace(make_trainer(), model=model)
-    with one_line_error(ValueError, "losses.gamma", "1.0", "BatchNorm"):
+    with one_line_error(ValueError, "LossSettings.gamma", "1.0", "BatchNorm"):
         JointRun(trainer, variables, jax.local_devices()).advance(warmup=True)
     without = dataclasses.replace(trainer, losses=LossSettings(gamma=0.0))
     metrics = JointRun(without, variables, jax.local_devices()).advance(warmup=True)

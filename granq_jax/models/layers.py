@@ -14,9 +14,17 @@ class Activation(nn.Module):
 
     Attributes:
       kind: ``"relu"`` or ``"relu6"``.
+
+    Raises:
+      ValueError: for another kind.
     """
 
     kind: str = "relu"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATIONS:
+            raise ValueError(f"Activation.kind: got {self.kind!r}, allowed are {', '.join(map(repr, ACTIVATIONS))}")
+        super().__post_init__()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Element by element."""

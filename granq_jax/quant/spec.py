@@ -136,14 +136,17 @@ class QuantSpec:
         fields = {k: v for pattern, items in self.overrides if re.search(pattern, path) for k, v in items}
         return dataclasses.replace(self, overrides=(), **fields)
 
-    def check_overrides_match(self, paths: Iterable[str]) -> None:
-        """Raises a ``ValueError`` if an override matches none of the module ``paths``."""
-        paths = sorted(set(paths))
-        for pattern, _ in self.overrides:
-            if not any(re.search(pattern, path) for path in paths):
-                raise ValueError(
-                    f"QuantSpec.overrides: {pattern!r} matches no module; the paths are {', '.join(paths)}"
-                )
+    def check_overrides_match(self, weights: Iterable[str], activations: Iterable[str]) -> None:
+        """Raises a ``ValueError`` if a field of an override matches none of the module paths it is for."""
+        paths = {"weight": sorted(set(weights)), "act": sorted(set(activations))}
+        for pattern, items in self.overrides:
+            for name, _ in items:
+                kind = name.partition("_")[0]
+                if not any(re.search(pattern, path) for path in paths[kind]):
+                    raise ValueError(
+                        f"QuantSpec.overrides: {pattern!r} with {name} matches nothing; "
+                        f"the paths there are {', '.join(paths[kind]) or 'none'}"
+                    )
 
 
 def _checked_modules(modules: Any, placement: str) -> tuple[str | type, ...]:

@@ -14,7 +14,7 @@ import jax
 
 from granq_jax.models.layers import Activation
 from granq_jax.quant.fake_quant import fake_quant
-from granq_jax.quant.spec import IMPLEMENTATIONS, QuantSpec, check_choice, kept_axes
+from granq_jax.quant.spec import IMPLEMENTATIONS, QuantSpec, check_choice
 from granq_jax.quant.weights import effective_bits, quantize_params, weight_paths
 
 OPERAND_MODULES = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
@@ -116,13 +116,9 @@ class QuantizedModel:
                     return next_call(quantized(path, call_args[0]), *call_args[1:], **call_kwargs)
                 return next_call(**{**call_kwargs, "inputs": quantized(path, call_kwargs["inputs"])})
             outputs = next_call(*call_args, **call_kwargs)
-            if isinstance(module, Activation):
-                return quantized(path, outputs)
-            for wanted in self.spec.activation_modules:
-                if (isinstance(wanted, type) and isinstance(module, wanted)) or type(module).__name__ == wanted:
-                    matched_modules.add(wanted)
-                    return quantized(path, outputs)
-            return outputs
+            named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
+            matched_modules.update(named)
+            return quantized(path, outputs) if named or isinstance(module, Activation) else outputs
 
         quantized_params = quantize_params(variables["params"], self.spec, self.impl)
         with nn.intercept_methods(interceptor):
@@ -149,7 +145,7 @@ class QuantizedModel:
                     f"QuantSpec.activation_modules: no module of class {wanted!r} was called in {name}; "
                     f"the activations that were met are {paths}"
                 )
-        self.spec.check_overrides_match([*weights, *(path for path, _ in activations)])
+        self.spec.check_overrides_match(weights, [path for path, _ in activations])
 
 
 def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name: str | None = None) -> QuantizedModel:
@@ -192,11 +188,14 @@ def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name
     return QuantizedModel(model, spec, impl, axis_name)
 
 
+def _is_of_class(module: nn.Module, wanted: str | type) -> bool:
+    return isinstance(module, wanted) if isinstance(wanted, type) else type(module).__name__ == wanted
+
+
 def _site(path: str, kind: str, shape: tuple[int, ...], spec: QuantSpec) -> Site:
     bits, granularity = (
         (spec.weight_bits, spec.weight_granularity) if kind == "weight" else (spec.act_bits, spec.act_granularity)
     )
     if bits is None:
         return Site(path, kind, tuple(shape), None, None, 32.0)
-    kept_axes(granularity, len(shape))
     return Site(path, kind, tuple(shape), bits, granularity, effective_bits(shape, bits, granularity))

@@ -84,7 +84,7 @@ def test_equals_the_naive_reference(x64, shape, granularity):
     magnitude=st.sampled_from([1e-6, 1.0, 1e6]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_properties(seed, shape, bits, granularity, magnitude, dtype):
     magnitude = min(magnitude, 1e3) if dtype == jnp.float16 else magnitude
     x = jnp.asarray(magnitude * np.random.default_rng(seed).standard_normal(shape), dtype)

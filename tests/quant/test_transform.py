@@ -142,7 +142,8 @@ def test_gradients_reach_weights_and_images(images):
     [
         (("placement", "'activation'", "Functional", "conv", "head"), Functional(), {}),
         (("activation_modules", "'Gelu'", "relu"), Modular(), {"activation_modules": ("Gelu",)}),
-        (("overrides", "'^stem/'", "conv", "head", "relu"), Modular(), {"overrides": (("^stem/", {"act_bits": 8}),)}),
+        (("overrides", "'^stem/'", "relu"), Modular(), {"overrides": (("^stem/", {"act_bits": 8}),)}),
+        (("'^conv$' with act_bits", "relu"), Modular(), {"overrides": (("^conv$", {"act_bits": 8}),)}),
         (("placement", "'operand'", "Swish"), Swish(), {"placement": "operand", "weight_bits": None}),
         (("weight_bits", "Swish"), Swish(), {"placement": "operand"}),
     ],

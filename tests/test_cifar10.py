@@ -1,0 +1,37 @@
+"""Real images and a real teacher: the released code's accuracies before training, nothing random in them."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from granq_jax import Generator, QuantSpec, Trainer, create_model, load_torch
+from granq_jax.data import load_split
+from granq_jax.evaluate import float_top1, student_top1
+
+DATA = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere"))
+NAME = "resnet20_cifar10"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.exists(), reason=f"needs tfds/ and {NAME}.npz in $GRANQ_JAX_TEST_DATA"),
+]
+
+
+@pytest.fixture(scope="module")
+def real():
+    return load_torch(NAME, DATA / f"{NAME}.npz"), load_split("cifar10", "test", os.fspath(DATA / "tfds"))
+
+
+def test_teacher(real):
+    variables, split = real
+    assert float_top1(create_model(NAME), split, 200, jax.local_devices())(variables) == pytest.approx(89.54, abs=0.02)
+
+
+@pytest.mark.parametrize(("granularity", "released"), [("kernel", 86.85), ("out_channel", 82.27)])
+def test_student_before_training(real, granularity, released):
+    variables, split = real
+    trainer = Trainer(model=create_model(NAME), generator=Generator(10), spec=QuantSpec(weight_granularity=granularity))
+    top1 = student_top1(trainer, split, 200, jax.local_devices())(variables)
+    assert top1 == pytest.approx(released, abs=0.1)
