@@ -1,4 +1,9 @@
-"""Handwritten digits (8x8 scans that come with scikit-learn), a small residual network, W3A3."""
+"""Handwritten digits (8x8 scans that come with scikit-learn), a small residual network, W3A3.
+
+    python -m granq_jax.main --config configs/digits_w3a3.py
+
+DIGITS
+"""
 
 from ml_collections import ConfigDict
 
