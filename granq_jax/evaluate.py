@@ -32,8 +32,8 @@ def float_top1(model: nn.Module, split: Split, batch_size: int, devices: Sequenc
 def student_top1(trainer: Trainer, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Top1:
     """The same for the quantized student.
 
-    ``batch_size`` has no influence on the figure, except for activation granularities whose ranges
-    are shared between samples (``"tensor"`` and ``"channel"``).
+    ``batch_size`` has no influence on the figure but by way of rounding, except for activation
+    granularities whose ranges are shared between samples (``"tensor"`` and ``"channel"``).
     """
     student = quantize(trainer.model, trainer.spec, impl=trainer.impl, axis_name=AXIS)
     return _make_top1(lambda v, x: student.apply(v, x, **evaluation_mode(trainer.model)), split, batch_size, devices)

@@ -25,9 +25,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from granq_jax.kernels.sample_channel import MIN_RANGE
 from granq_jax.quant.spec import check_bits, kept_axes
-
-MIN_RANGE = 1e-8
 
 
 class QuantizedArray(flax.struct.PyTreeNode):

@@ -18,16 +18,15 @@ IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
 _OVERRIDABLE = ("weight_bits", "act_bits", "weight_granularity", "act_granularity")
 
 
-def check_choice(field: str, value: Any, allowed: Iterable[str]) -> str:
-    """Returns ``value`` if it is one of ``allowed``; else raises a ``ValueError`` naming ``field``."""
+def check_choice(field: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raises a ``ValueError`` naming ``field`` if ``value`` is not one of ``allowed``."""
     allowed = tuple(allowed)
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{field}: got {value!r}, allowed are {', '.join(map(repr, allowed))}")
-    return value
 
 
-def check_bits(field: str, value: Any) -> int:
-    """Returns ``value`` if it is a bit width from 2 to 8; else raises, naming ``field``.
+def check_bits(field: str, value: Any) -> None:
+    """Raises, naming ``field``, if ``value`` is not a bit width from 2 to 8.
 
     Raises:
       TypeError: if it is not an integer.
@@ -37,7 +36,6 @@ def check_bits(field: str, value: Any) -> int:
         raise TypeError(f"{field}: got {value!r}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
     if not MIN_BITS <= value <= MAX_BITS:
         raise ValueError(f"{field}: got {value}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
-    return value
 
 
 def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
