@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.eval_every_epochs = 5
     config.teacher_training.epochs = 40
     config.teacher_training.batch_size = 64
+    config.teacher_training.lr = 0.1
     config.teacher_training.max_shift = 1
     config.teacher_training.flip = False
+    config.teacher_training.small_epochs = 0
     return config

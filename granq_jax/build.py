@@ -31,7 +31,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
     dataset = DATASETS[config.dataset]
     return Trainer(
         model=create_model(config.network),
-        generator=Generator(dataset.classes, dataset.image_size, dataset.channels),
+        generator=Generator(dataset.classes, dataset.image_size, dataset.channels, config.generator.conditional),
         spec=make_spec(config),
         impl=config.quant.impl,
         losses=LossSettings(**config.loss.to_dict()),

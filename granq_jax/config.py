@@ -42,7 +42,7 @@ def default_config() -> ConfigDict:
     config.network = "resnet20_cifar10"
     config.dataset = "cifar10"
     config.data_dir = ""  # where TFDS finds or prepares the data; "" is its own default
-    config.teacher = ""  # a checkpoint's path, or "train" to train one first
+    config.teacher = "bundled"  # or a checkpoint's path, a public checkpoint's name, "train" to train one first
     config.batch_size = 16  # over all devices
     config.epochs = 200
     config.steps_per_epoch = 200
@@ -70,6 +70,7 @@ def default_config() -> ConfigDict:
     config.generator = ConfigDict()  # Adam
     config.generator.lr = 1e-3
     config.generator.betas = (0.5, 0.999)
+    config.generator.conditional = False  # labels choose scale and shift of its batch norms
 
     config.decay_epochs = (100, 200, 300)  # both rates fall to a tenth at each, epochs from 0
 
@@ -86,13 +87,16 @@ def default_config() -> ConfigDict:
     config.profile.start = 10
     config.profile.steps = 0
 
-    config.teacher_training = ConfigDict()  # used where teacher = "train"
-    config.teacher_training.epochs = 30
+    config.teacher_training = ConfigDict()  # used by --mode train_teacher, and where teacher = "train"
+    config.teacher_training.epochs = 50
     config.teacher_training.batch_size = 128
-    config.teacher_training.lr = 0.1
+    config.teacher_training.lr = 0.2
     config.teacher_training.weight_decay = 5e-4
-    config.teacher_training.max_shift = 4  # pixels
+    config.teacher_training.label_smoothing = 0.0
+    config.teacher_training.max_shift = 4  # pixels; photographs are cropped at random instead
     config.teacher_training.flip = True
+    config.teacher_training.small_size = 24  # of the images in the first `small_epochs` epochs
+    config.teacher_training.small_epochs = 38
     return config
 
 
@@ -116,7 +120,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     if path.suffix == "" and f"{name}.py" in bundled:
         path = Path(str(bundled[f"{name}.py"]))
     if path.suffix not in (".py", ".json") or not path.is_file():
-        names = ", ".join(sorted(file[:-3] for file in bundled if file.endswith(".py") and file != "__init__.py"))
+        names = ", ".join(sorted(file[:-3] for file in bundled if file.endswith(".py") and file[0] != "_"))
         raise ValueError(f"config: got {str(name)!r}, allowed are paths of .py or .json files that exist, and {names}")
     if path.suffix == ".json":
         return _from_json(path)
@@ -219,6 +223,7 @@ CHECKS: dict[str, Check] = {
     "student.weight_decay": _real(0),
     "generator.lr": _real(0),
     "generator.betas": (_betas, "pairs of numbers from 0 to below 1"),
+    "generator.conditional": _truth(),
     "decay_epochs": (_increasing_epochs, "tuples of increasing whole numbers from 1"),
     "loss.alpha_ds": _real(0),
     "loss.alpha_as": _real(0),
@@ -233,8 +238,11 @@ CHECKS: dict[str, Check] = {
     "teacher_training.batch_size": _whole(2),
     "teacher_training.lr": _real(0, low_open=True),
     "teacher_training.weight_decay": _real(0),
+    "teacher_training.label_smoothing": _real(0, 1),
     "teacher_training.max_shift": _whole(0),
     "teacher_training.flip": _truth(),
+    "teacher_training.small_size": _whole(1),
+    "teacher_training.small_epochs": _whole(0),
 }
 
 
@@ -279,6 +287,12 @@ def check_config(config: ConfigDict) -> None:
             f"config.profile.start: got {config.profile.start} with config.profile.steps {config.profile.steps}, "
             f"allowed are traces that end within the run's {steps} steps"
         )
+    training = config.teacher_training
+    if training.small_epochs > training.epochs:
+        raise ValueError(
+            f"config.teacher_training.small_epochs: got {training.small_epochs}, "
+            f"allowed are whole numbers up to config.teacher_training.epochs, {training.epochs}"
+        )
     network, dataset = NETWORKS[config.network], DATASETS[config.dataset]
     for what in ("classes", "image_size", "channels"):
         if getattr(network, what) != getattr(dataset, what):
@@ -286,6 +300,11 @@ def check_config(config: ConfigDict) -> None:
                 f"config.dataset: got {config.dataset!r} with {what} {getattr(dataset, what)}, but config.network, "
                 f"{config.network!r}, allows {what} {getattr(network, what)} only"
             )
+    if training.small_epochs and training.small_size > dataset.image_size:
+        raise ValueError(
+            f"config.teacher_training.small_size: got {training.small_size}, "
+            f"allowed are whole numbers up to the {dataset.image_size} pixels of {config.dataset}"
+        )
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

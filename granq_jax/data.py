@@ -1,63 +1,45 @@
-"""Real images, for evaluating and for training teachers: data sets by name, as normalised batches.
+"""Real images by data set name, for evaluating and for training teachers.
 
 Zero-shot quantization itself needs none of this.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import io
-from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
+from granq_jax.splits import Dataset, EncodedSplit, MemorySplit, Split
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """What is fixed of a data set, and how its images are normalised: (pixel / max_value - mean) / std."""
-
-    classes: int
-    image_size: int
-    channels: int
-    max_value: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def normalise(self, images: np.ndarray) -> np.ndarray:
-        """Raw images (N, H, W, C) to float32 ones of roughly zero mean and unit variance."""
-        scaled = images.astype(np.float32) / np.float32(self.max_value)
-        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Images (N, H, W, C), uint8, and labels (N,), int32, of a part of a data set."""
-
-    dataset: Dataset
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
+_IMAGENET = Dataset(1000, 224, 3, 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 DATASETS = {
     "cifar10": Dataset(10, 32, 3, 255, (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
     "cifar100": Dataset(100, 32, 3, 255, (0.50705882, 0.48666667, 0.44078431), (0.26745098, 0.25568627, 0.27607843)),
+    "imagenet2012": _IMAGENET,
+    "image_folder": _IMAGENET,
     # The 8x8 scans of handwritten digits that come with scikit-learn: no network, no files.
     "digits": Dataset(10, 8, 1, 16, (0.30,), (0.38,)),
 }
 
+# ImageNet's test labels were never published: its validation images serve as test images.
+_TFDS_SPLITS = {"imagenet2012": {"train": "train", "test": "validation"}}
+_IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+
 
 def load_split(name: str, split: str, data_dir: str = "") -> Split:
-    """A whole split in memory.
+    """A split of a data set: small images in memory, photographs decoded when they are used.
 
     Args:
-      name: of ``DATASETS``.
+      name: of ``DATASETS``. An ``"image_folder"`` holds a folder for each class, whose order by name
+        is that of the labels, below ``data_dir/train`` and ``data_dir/val``; test images may also
+        lie directly in ``data_dir/CLASS``.
       split: ``"train"`` or ``"test"``.
-      data_dir: where TFDS finds the data set, or prepares it; ``""`` is TFDS's own default.
+      data_dir: where TFDS finds the data set, or prepares it; ``""`` is TFDS's own default. Of an
+        image folder: its path.
 
     Raises:
       ValueError: if the data set cannot be had. The message says what to do.
@@ -69,23 +51,12 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     """
     if name == "digits":
         return _load_digits(split)
+    if name == "image_folder":
+        return _load_folder(split, data_dir)
     return _load_tfds(name, split, data_dir)
 
 
-def batches(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Normalised images, labels and weights in order, every batch of the same size.
-
-    The last batch is filled up with copies of its first image, of weight 0: copies, so that a range
-    measured over a batch is that of its real images.
-    """
-    for start in range(0, len(split), batch_size):
-        indices = np.arange(start, start + batch_size)
-        real = indices < len(split)
-        indices = np.where(real, indices, start)
-        yield split.dataset.normalise(split.images[indices]), split.labels[indices], real.astype(np.float32)
-
-
-def _load_digits(split: str) -> Split:
+def _load_digits(split: str) -> MemorySplit:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -99,8 +70,37 @@ def _load_digits(split: str) -> Split:
     )
     train_images, test_images, train_labels, test_labels = parts
     if split == "train":
-        return Split(DATASETS["digits"], train_images, train_labels)
-    return Split(DATASETS["digits"], test_images, test_labels)
+        return MemorySplit(DATASETS["digits"], train_images, train_labels)
+    return MemorySplit(DATASETS["digits"], test_images, test_labels)
+
+
+def _load_folder(split: str, data_dir: str) -> EncodedSplit:
+    dataset = DATASETS["image_folder"]
+    root = Path(data_dir)
+    if data_dir == "" or not root.is_dir():
+        raise ValueError(f"config.data_dir: got {data_dir!r}, allowed is a directory that holds an image folder")
+    if split == "train" or (root / "val").is_dir():
+        root = root / {"train": "train", "test": "val"}[split]
+    classes = sorted(folder for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else []
+    if len(classes) != dataset.classes:
+        raise ValueError(
+            f"config.data_dir: {str(root)!r} holds {len(classes)} class folders, allowed are {dataset.classes}"
+        )
+    files = [
+        (path, label)
+        for label, folder in enumerate(classes)
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in _IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise ValueError(
+            f"config.data_dir: {str(root)!r} holds no image in CLASS/, allowed are {', '.join(sorted(_IMAGE_SUFFIXES))}"
+        )
+
+    def read(indices):
+        return [(files[index][0].read_bytes(), files[index][1]) for index in indices]
+
+    return EncodedSplit(dataset, len(files), read)
 
 
 def _load_tfds(name: str, split: str, data_dir: str) -> Split:
@@ -118,12 +118,19 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
             if importlib.util.find_spec("tensorflow") is None:
                 raise ValueError("it is not prepared there, and preparing it needs TensorFlow")
             builder.download_and_prepare()
-        if split not in builder.info.splits:
-            raise ValueError(f"it has no split {split!r}, only {', '.join(builder.info.splits)}")
-        source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        examples = source.__getitems__(range(len(source)))
-        images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(example["image"]))) for example in examples])
-        return Split(DATASETS[name], images, np.array([example["label"] for example in examples], np.int32))
+        tfds_split = _TFDS_SPLITS.get(name, {}).get(split, split)
+        if tfds_split not in builder.info.splits:
+            raise ValueError(f"it has no split {tfds_split!r}, only {', '.join(builder.info.splits)}")
+        source = builder.as_data_source(split=tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
+
+        def read(indices):
+            return [(example["image"], int(example["label"])) for example in source.__getitems__(indices)]
+
+        if name in _TFDS_SPLITS:
+            return EncodedSplit(DATASETS[name], len(source), read)
+        encoded, labels = zip(*read(range(len(source))), strict=True)
+        images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(image))) for image in encoded])
+        return MemorySplit(DATASETS[name], images, np.array(labels, np.int32))
     except Exception as error:  # whatever TFDS, the disk or the network met, the way out is the same
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"config.data_dir: {name} cannot be read from {place}: {reason}. {remedy}") from error

@@ -1,102 +1,154 @@
-"""Top-1 accuracy on real images, of a model and of a run's student."""
+"""Accuracy on real images, of a teacher and of a student."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
-from granq_jax.config import check_config
-from granq_jax.data import Split, batches, load_split
+from granq_jax.config import TRAIN_A_TEACHER, check_config
+from granq_jax.data import load_split
 from granq_jax.devices import AXIS, place, sample_index
 from granq_jax.quant import effective_weight_bits, quantize
+from granq_jax.quant.spec import check_choice
 from granq_jax.record import describe, versions, write_json
+from granq_jax.splits import Split, batches
 from granq_jax.step import evaluation_mode
-from granq_jax.trainer import Trainer
-
-Top1 = Callable[[Any], float]
-
-
-def float_top1(model: nn.Module, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Top1:
-    """A function from a float model's variables to its top-1 accuracy on ``split``, in percent."""
-    return _make_top1(lambda v, x: model.apply(v, x, **evaluation_mode(model)), split, batch_size, devices)
+from granq_jax.teachers import TRAINED_TEACHER, load_teacher
+from granq_jax.trainer import Trainer, Variables
 
 
-def student_top1(trainer: Trainer, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Top1:
+class Accuracy(NamedTuple):
+    """Shares of the images, in percent, whose label is the likeliest class, or among the five likeliest."""
+
+    top1: float
+    top5: float
+
+
+SUBJECTS = ("teacher", "student", "both")
+
+Evaluation = Callable[[Variables], Accuracy]
+
+
+def float_accuracy(model: nn.Module, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Evaluation:
+    """A function from a float model's variables to its accuracy on ``split``."""
+    return _make_evaluation(lambda v, x: model.apply(v, x, **evaluation_mode(model)), split, batch_size, devices)
+
+
+def student_accuracy(trainer: Trainer, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Evaluation:
     """The same for the quantized student.
 
     ``batch_size`` has no influence on the figure but by way of rounding, except for activation
     granularities whose ranges are shared between samples (``"tensor"`` and ``"channel"``).
     """
     student = quantize(trainer.model, trainer.spec, impl=trainer.impl, axis_name=AXIS)
-    return _make_top1(lambda v, x: student.apply(v, x, **evaluation_mode(trainer.model)), split, batch_size, devices)
+    mode = evaluation_mode(trainer.model)
+    return _make_evaluation(lambda v, x: student.apply(v, x, **mode), split, batch_size, devices)
 
 
-def evaluate_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a run and writes ``workdir/evaluation.json``.
+def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> dict[str, Any]:
+    """Evaluates a config's teacher, the newest student of a run, or both: ``--mode evaluate``.
+
+    Writes ``workdir/evaluation.json``.
 
     Args:
-      config: the run's own (``load_config(workdir / "config.json")``), perhaps with another
+      config: of a run its own (``load_config(workdir / "config.json")``), perhaps with another
         ``data_dir``.
-      workdir: of the run.
+      workdir: of the run; for a teacher alone, any directory.
+      subject: one of ``SUBJECTS``; ``""`` is the student where ``workdir`` holds one, and otherwise
+        the teacher.
 
     Returns:
       What ``evaluation.json`` holds.
 
     Raises:
-      ValueError: for a setting that is not allowed, or if there is no checkpoint or no data.
+      ValueError, OSError, ImportError: for a setting, teacher or data set that cannot be used, or if
+        a student is asked for and there is none.
     """
     check_config(config)
     workdir = Path(workdir)
+    holds_run = (workdir / "checkpoints").is_dir()
+    subject = subject or ("student" if holds_run else "teacher")
+    check_choice("subject", subject, SUBJECTS)
     if config.eval != "test":
-        raise ValueError(f"config.eval: got {config.eval!r}, allowed is 'test' where a run is evaluated")
-    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"config.eval: got {config.eval!r}, allowed is 'test' in order to evaluate")
+    if subject != "teacher" and not holds_run:
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+    if subject != "student" and config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).is_file():
+        raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
     devices = jax.local_devices()
     check_devices(config, devices)
     split = load_split(config.dataset, "test", config.data_dir)
     trainer = make_trainer(config)
-    images = jnp.asarray(split.dataset.normalise(split.images[:1]))
+    evaluation = {**describe(config), "eval_examples": len(split)}
+    if subject != "student":
+        teacher = load_teacher(config, workdir)
+        evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
+        evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
+    if subject != "teacher":
+        step, student = _newest_student(trainer, workdir)
+        evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
+        evaluation |= {
+            "effective_weight_bits": effective_weight_bits(student["params"], trainer.spec),
+            "step": step,
+            **percentages("student", evaluate(student)),
+        }
+    evaluation["versions"] = versions()
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "evaluation.json", evaluation)
+    return evaluation
+
+
+def _newest_student(trainer: Trainer, workdir: Path) -> tuple[int, Variables]:
+    """The step of a run's newest checkpoint, and the student in it."""
+    size, channels = trainer.generator.image_size, trainer.generator.channels
+    images = jnp.zeros((1, size, size, channels), trainer.dtype)
     like = jax.eval_shape(lambda: trainer.init(trainer.model.init(jax.random.key(0), images)))
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-        student = checkpoints.restore(step, like).student
-    evaluation = {
-        **describe(config),
-        "eval_examples": len(split),
-        "effective_weight_bits": effective_weight_bits(student["params"], trainer.spec),
-        "step": step,
-        "student_top1": student_top1(trainer, split, config.eval_batch_size, devices)(student),
-        "versions": versions(),
-    }
-    write_json(workdir / "evaluation.json", evaluation)
-    return evaluation
+        return step, checkpoints.restore(step, like).student
 
 
-def _make_top1(apply: Callable, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Top1:
+def percentages(subject: str, accuracy: Accuracy | None, suffix: str = "") -> dict[str, float | None]:
+    """The fields of a result that say how accurate ``subject`` is; ``None`` if it was not evaluated.
+
+    Example:
+      >>> percentages("teacher", Accuracy(91.7, 99.6))
+      {'teacher_top1': 91.7, 'teacher_top5': 99.6}
+    """
+    values = (None, None) if accuracy is None else accuracy
+    return {f"{subject}_{name}{suffix}": value for name, value in zip(Accuracy._fields, values, strict=True)}
+
+
+def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Evaluation:
     shape = sample_index(batch_size, devices, "eval_batch_size").shape
 
     def correct(variables, images, labels, weights):
-        hits = jnp.argmax(apply(variables, images), axis=-1) == labels
-        return jax.lax.psum(jnp.sum(hits * weights), AXIS)
+        _, likeliest = jax.lax.top_k(apply(variables, images), 5)
+        hits = likeliest == labels[:, None]
+        counts = [jnp.sum(hits[:, :k].any(axis=1) * weights) for k in (1, 5)]
+        return jax.lax.psum(jnp.stack(counts), AXIS)
 
     mapped = jax.pmap(correct, axis_name=AXIS, in_axes=(None, 0, 0, 0), out_axes=None, devices=devices)
 
-    def top1(variables):
+    def evaluate(variables):
         variables = place(variables, devices)
         counts = [
             mapped(variables, *place([a.reshape(*shape, *a.shape[1:]) for a in batch], devices, split=True))
             for batch in batches(split, batch_size)
         ]
-        return 100.0 * sum(float(count) for count in counts) / len(split)
+        # A batch's counts are whole numbers that float32 holds exactly; their sum may not be.
+        totals = np.asarray(jax.device_get(counts), np.float64).sum(axis=0)
+        return Accuracy(*(100.0 * float(total) / len(split) for total in totals))
 
-    return top1
+    return evaluate

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from granq_jax.config import check_setting_exists, load_config
-from granq_jax.evaluate import evaluate_run
+from granq_jax.evaluate import SUBJECTS, evaluate_run
 from granq_jax.train import train_and_evaluate
+from granq_jax.train_teacher import train_teacher
 
-MODES = {"train": train_and_evaluate, "evaluate": evaluate_run}
+MODES = {"train": train_and_evaluate, "evaluate": evaluate_run, "train_teacher": train_teacher}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,20 +32,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a config's path or name; a run is evaluated with its own")
-    parser.add_argument("--workdir", type=Path, help="where the run's files go; by default runs/CONFIG_NAME")
+    parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher]")
     parser.add_argument("--mode", choices=MODES, default="train")
+    parser.add_argument(
+        "--subject", choices=SUBJECTS, help="what is evaluated; by default the student, if there is one"
+    )
     options, overrides = parser.parse_known_args(argv)  # exits with 2 if they are wrong
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("granq_jax").setLevel(logging.INFO)
     try:
+        if options.subject is not None and options.mode != "evaluate":
+            raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
         if options.config is None and (options.mode != "evaluate" or options.workdir is None):
             raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
-        workdir = options.workdir or Path("runs") / Path(options.config).stem
+        suffix = "_teacher" if options.mode == "train_teacher" else ""
+        workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
         saved = workdir / "config.json"
         # A run is evaluated with the settings it was trained with.
         source = saved if options.mode == "evaluate" and saved.is_file() else options.config
         if source is None:
             raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
         config = _overridden(load_config(source), overrides)
-        result = MODES[options.mode](config, workdir)
+        subject = {"subject": options.subject or ""} if options.mode == "evaluate" else {}
+        result = MODES[options.mode](config, workdir, **subject)
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

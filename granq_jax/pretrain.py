@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm.auto import tqdm
 
-from granq_jax.data import Split
+from granq_jax.devices import AXIS, place, sample_index
+from granq_jax.splits import Batch, Split, ahead
+from granq_jax.trainer import Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,16 @@ class PretrainSettings:
 
     Attributes:
       epochs: passes over the training images.
-      batch_size: images a step; a last, smaller batch of an epoch is left out.
+      batch_size: images a step, over all devices; a last, smaller batch of an epoch is left out.
       lr: greatest learning rate, reached after a tenth of the steps.
       weight_decay: L2 term on every parameter.
-      max_shift: images are moved by up to so many pixels each way, edges filled with zeros.
+      label_smoothing: share of the target that is spread over all classes.
+      max_shift: images are moved by up to so many pixels each way, edges filled with zeros;
+        photographs are cropped at random instead.
       flip: whether half of the images are mirrored.
+      small_size: height and width of the images in the first ``small_epochs``: windows of the small
+        images, resized parts of photographs. They cost less and hardly teach less.
+      small_epochs: how many epochs begin the training so; 0 is none.
       seed: of initialisation, order and augmentation.
     """
 
@@ -35,62 +42,125 @@ class PretrainSettings:
     batch_size: int
     lr: float
     weight_decay: float
+    label_smoothing: float = 0.0
     max_shift: int
     flip: bool
+    small_size: int = 0
+    small_epochs: int = 0
     seed: int
 
 
-def pretrain(model: nn.Module, split: Split, settings: PretrainSettings) -> Mapping[str, Any]:
-    """Trains ``model`` from scratch on ``split`` and returns its variables.
+class PretrainState(flax.struct.PyTreeNode):
+    """All that training changes: a pytree.
+
+    Attributes:
+      epoch: epochs completed, int32.
+      variables: of the model.
+      opt_state: of the optimizer.
+    """
+
+    epoch: jax.Array
+    variables: Variables
+    opt_state: optax.OptState
+
+
+def pretrain(
+    model: nn.Module,
+    split: Split,
+    settings: PretrainSettings,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    restore: Callable[[PretrainState], PretrainState] = lambda start: start,
+    after_epoch: Callable[[PretrainState, float], None] = lambda state, loss: None,
+) -> Variables:
+    """Trains ``model`` on ``split`` and returns its variables.
+
+    Every device normalises by the statistics of its own share of a batch; the running statistics are
+    means over the devices.
+
+    Args:
+      model: called with ``train=True`` to train.
+      split: training images.
+      settings: how to train.
+      devices: to spread a batch over; by default all local ones.
+      restore: given the state to start from, returns the one to go on from.
+      after_epoch: called with the state and the epoch's mean loss.
 
     Raises:
-      ValueError: if the split holds fewer images than a batch.
+      ValueError: as :func:`check_batches` does.
+      RuntimeError: if the loss is no longer finite.
     """
+    devices = devices or jax.local_devices()
+    check_batches(settings, split, devices)
     steps_per_epoch = len(split) // settings.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"config.teacher_training.batch_size: got {settings.batch_size}, "
-            f"allowed are whole numbers up to the {len(split)} training images"
-        )
     total = settings.epochs * steps_per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, max(1, total // 10), max(2, total))
     optimizer = optax.chain(
         optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
-    variables = jax.jit(model.init)(jax.random.key(settings.seed), split.dataset.normalise(split.images[:1]))
-    opt_state = optimizer.init(variables["params"])
 
-    @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(variables, opt_state, images, labels):
         def loss_of(params):
             logits, updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)), updates
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), settings.label_smoothing)
+            return jnp.mean(optax.softmax_cross_entropy(logits, targets)), updates
 
         (loss, updates), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+        loss, updates, gradients = jax.lax.pmean((loss, updates, gradients), AXIS)
         changes, opt_state = optimizer.update(gradients, opt_state, variables["params"])
         return {**updates, "params": optax.apply_updates(variables["params"], changes)}, opt_state, loss
 
-    with tqdm(total=total, unit="step", desc="teacher", dynamic_ncols=True) as bar:
-        for epoch in range(settings.epochs):
-            for images, labels in _shuffled_batches(split, settings, np.random.default_rng((settings.seed, epoch))):
-                variables, opt_state, loss = train_step(variables, opt_state, images, labels)
+    mapped = jax.pmap(
+        train_step, AXIS, in_axes=(None, None, 0, 0), out_axes=None, donate_argnums=(0, 1), devices=devices
+    )
+    variables = jax.jit(model.init)(jax.random.key(settings.seed), split.dataset.normalise(split.examples(_FIRST)[0]))
+    state = place(restore(_state(0, variables, optimizer.init(variables["params"]))), devices)
+    done = int(state.epoch)
+    with tqdm(total=total, initial=done * steps_per_epoch, unit="step", desc="teacher", dynamic_ncols=True) as bar:
+        for epoch in range(done, settings.epochs):
+            variables, opt_state, losses = state.variables, state.opt_state, []
+            for batch in ahead(_shuffled_batches(split, settings, epoch)):
+                parts = [array.reshape(len(devices), -1, *array.shape[1:]) for array in batch]
+                parts = place(parts, devices, split=True)
+                variables, opt_state, loss = mapped(variables, opt_state, *parts)
+                # One step at a time: several in flight on virtual CPU devices starve each other of threads.
+                losses.append(float(loss))
                 bar.update()
-            bar.set_postfix(loss=f"{float(loss):.4f}")
-    return variables
+            state = _state(epoch + 1, variables, opt_state)
+            mean_loss = float(np.mean(losses))
+            if not math.isfinite(mean_loss):
+                raise RuntimeError(f"the teacher's loss is {mean_loss} in epoch {epoch}: its learning rate is too high")
+            bar.set_postfix(loss=f"{mean_loss:.4f}")
+            after_epoch(state, mean_loss)
+    return state.variables
 
 
-def _shuffled_batches(
-    split: Split, settings: PretrainSettings, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    shift, size = settings.max_shift, split.dataset.image_size
+def check_batches(settings: PretrainSettings, split: Split, devices: Sequence[jax.Device]) -> None:
+    """Raises a ``ValueError`` if a batch is larger than ``split`` or does not divide over ``devices``."""
+    sample_index(settings.batch_size, devices, "config.teacher_training.batch_size")
+    if settings.batch_size > len(split):
+        raise ValueError(
+            f"config.teacher_training.batch_size: got {settings.batch_size}, "
+            f"allowed are whole numbers up to the {len(split)} training images"
+        )
+
+
+_FIRST = np.array([0])
+
+
+def _state(epoch: int, variables: Variables, opt_state: optax.OptState) -> PretrainState:
+    return PretrainState(jnp.asarray(epoch, jnp.int32), variables, opt_state)
+
+
+def _shuffled_batches(split: Split, settings: PretrainSettings, epoch: int) -> Iterator[Batch]:
+    # A stream of its own for each epoch: training that goes on sees what it would have seen.
+    rng = np.random.default_rng((settings.seed, epoch))
+    small = epoch < settings.small_epochs
+    size, max_shift = (settings.small_size, 0) if small else (split.dataset.image_size, settings.max_shift)
     order = rng.permutation(len(split))
     for start in range(0, len(split) - settings.batch_size + 1, settings.batch_size):
-        chosen = order[start : start + settings.batch_size]
-        padded = np.pad(split.images[chosen], ((0, 0), (shift, shift), (shift, shift), (0, 0)))
-        rows, columns = rng.integers(0, 2 * shift + 1, (2, len(chosen)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
-        images = windows[np.arange(len(chosen)), rows, columns].transpose(0, 2, 3, 1)
+        images, labels = split.augmented(order[start : start + settings.batch_size], rng, size, max_shift)
         if settings.flip:
-            mirrored = rng.random(len(chosen)) < 0.5
+            mirrored = rng.random(len(labels)) < 0.5
             images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-        yield split.dataset.normalise(images), split.labels[chosen]
+        yield split.dataset.normalise(images), labels

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import importlib.util
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +13,133 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from granq_jax.checkpoint import save_variables
+from granq_jax import zoo
+from granq_jax.checkpoint import Checkpoints, save_variables
 from granq_jax.config import TRAIN_A_TEACHER
 from granq_jax.data import load_split
 from granq_jax.models.registry import create_model
-from granq_jax.pretrain import PretrainSettings, pretrain
+from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
+from granq_jax.record import write_json
 from granq_jax.torch_import import load_torch
+from granq_jax.trainer import Variables
 
+BUNDLED = "bundled"
 TRAINED_TEACHER = "teacher.safetensors"
+_BUNDLE = Path(__file__).parent / "bundled"
+_TRAINING = "teacher_training"
 
 
 def check_teacher(config: ConfigDict) -> None:
-    """Raises if ``config.teacher`` is neither a file that exists nor ``"train"``.
+    """Raises if ``config.teacher`` cannot be what it says, without reading or downloading it.
 
     Raises:
-      ValueError: if it is empty.
+      ValueError: if it is empty, ``"bundled"`` where no teacher comes with the package, or a public
+        checkpoint of another network.
+      ImportError: if it is a public checkpoint and PyTorch, which reads it, is not installed.
       FileNotFoundError: if there is no such file.
     """
-    if config.teacher == "":
-        raise ValueError(
-            "config.teacher: not set, allowed are the path of a .npz, .safetensors, .pth or .pt checkpoint "
-            f"of {config.network}, and {TRAIN_A_TEACHER!r} to train one first"
+    teacher, network = config.teacher, config.network
+    allowed = [
+        f"the path of a .npz, .safetensors, .pth or .pt checkpoint of {network}",
+        f"{TRAIN_A_TEACHER!r} to train one first",
+        *(f"{BUNDLED!r}, which comes with the package" for name in _bundled_networks() if name == network),
+        *(f"{name!r}, a public checkpoint" for name in zoo.CHECKPOINTS if name == network),
+    ]
+    if teacher == "":
+        raise ValueError(f"config.teacher: not set, allowed are {', '.join(allowed)}")
+    other_network = teacher in zoo.CHECKPOINTS and teacher != network
+    if other_network or (teacher == BUNDLED and network not in _bundled_networks()):
+        raise ValueError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
+    if teacher in zoo.CHECKPOINTS:
+        if importlib.util.find_spec("torch") is None:
+            raise ImportError(
+                f"config.teacher: got {teacher!r}, but reading it needs PyTorch: pip install 'granq-jax[torch]'"
+            )
+    elif teacher not in (TRAIN_A_TEACHER, BUNDLED) and not Path(teacher).is_file():
+        raise FileNotFoundError(
+            f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )
-    if config.teacher != TRAIN_A_TEACHER and not Path(config.teacher).is_file():
-        raise FileNotFoundError(f"config.teacher: got {config.teacher!r}, but there is no such file")
 
 
-def load_teacher(config: ConfigDict, workdir: Path) -> Mapping[str, Any]:
-    """The teacher's variables, float32: read from ``config.teacher``, or trained.
+def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
+    """The teacher's variables, float32: read from a file, downloaded once, or trained.
 
     A trained teacher is kept in ``workdir/teacher.safetensors``, a file of the kind that
     ``config.teacher`` may name in other runs.
 
     Raises:
-      ValueError, FileNotFoundError, ImportError: as :func:`check_teacher` and
+      ValueError, OSError, ImportError: as :func:`check_teacher`, :func:`granq_jax.zoo.fetch` and
         :func:`granq_jax.load_torch` do.
     """
     check_teacher(config)
-    if config.teacher == TRAIN_A_TEACHER:
-        settings = PretrainSettings(**config.teacher_training.to_dict(), seed=config.seed)
-        split = load_split(config.dataset, "train", config.data_dir)
-        variables = pretrain(create_model(config.network), split, settings)
-        workdir.mkdir(parents=True, exist_ok=True)
-        save_variables(workdir / TRAINED_TEACHER, variables)
+    trained = workdir / TRAINED_TEACHER
+    if config.teacher == TRAIN_A_TEACHER and not trained.exists():
+        variables, _ = run_training(config, workdir)
+    elif config.teacher == TRAIN_A_TEACHER:
+        variables = load_torch(config.network, trained)
+    elif config.teacher == BUNDLED:
+        variables = load_torch(config.network, _BUNDLE / f"{config.network}.safetensors")
+    elif config.teacher in zoo.CHECKPOINTS:
+        variables = load_torch(config.network, zoo.fetch(config.teacher))
     else:
         variables = load_torch(config.network, config.teacher)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
+
+
+def _bundled_networks() -> list[str]:
+    return sorted(path.stem for path in _BUNDLE.glob("*.safetensors"))
+
+
+def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
+    """Trains the teacher or goes on training it; writes ``workdir/teacher.safetensors``.
+
+    Returns:
+      Its variables, and the seconds it took, those before it was broken off included.
+
+    Raises:
+      ValueError: if the data set cannot be had, or the directory holds a training with other settings.
+    """
+    split = load_split(config.dataset, "train", config.data_dir)
+    settings = PretrainSettings(**config.teacher_training.to_dict(), seed=config.seed)
+    check_batches(settings, split, jax.local_devices())
+    directory = workdir / _TRAINING
+    _begin_or_go_on(directory, {"network": config.network, "dataset": config.dataset, **dataclasses.asdict(settings)})
+    log = directory / "metrics.jsonl"
+    with Checkpoints(directory) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        # A line may have been written for an epoch whose checkpoint was not.
+        lines = log.read_text().splitlines()[:done] if log.exists() else []
+        log.write_text("".join(f"{line}\n" for line in lines))
+        start = time.monotonic() - (json.loads(lines[-1])["seconds"] if lines else 0.0)
+
+        def after_epoch(state: PretrainState, loss: float) -> None:
+            epoch = int(state.epoch)
+            with log.open("a") as file:
+                line = {"epoch": epoch, "loss": loss, "seconds": round(time.monotonic() - start, 1)}
+                file.write(json.dumps(line) + "\n")
+            checkpoints.save(epoch, state)
+
+        variables = pretrain(
+            create_model(config.network),
+            split,
+            settings,
+            restore=lambda initial: checkpoints.restore(done, initial) if done else initial,
+            after_epoch=after_epoch,
+        )
+    seconds = time.monotonic() - start
+    save_variables(workdir / TRAINED_TEACHER, variables)
+    return variables, seconds
+
+
+def _begin_or_go_on(directory: Path, settings: dict[str, Any]) -> None:
+    """Notes what is trained in ``directory``; raises if something else is."""
+    path = directory / "settings.json"
+    begun = json.loads(path.read_text()) if path.exists() else settings
+    for key in settings.keys() | begun.keys():
+        if settings.get(key) != begun.get(key):
+            raise ValueError(
+                f"workdir: {str(directory.parent)!r} holds a teacher in training with {key} {begun.get(key)!r} instead "
+                f"of {settings.get(key)!r}; give the same settings to go on, or another workdir"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)

@@ -1,13 +1,15 @@
 """PyTorch checkpoints to Flax variables.
 
-The names understood are those of the public CIFAR checkpoints (pytorchcv's): every Flax variable of
-a network has exactly one name there, so the map is written once, from the Flax path to that name.
+The names understood are pytorchcv's, torchvision's for the networks the two have in common, and this
+package's own. Every Flax variable of a network has exactly one name in each, so the map is written
+once, from the Flax path to that name.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from granq_jax.models.registry import network
+from granq_jax.models.resnet import ResNet
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _IGNORED = "num_batches_tracked"
+_OWN_NAMES = "this package's own"
+_TORCHVISION_NETWORKS = ("resnet18", "resnet50b")
+
+logger = logging.getLogger(__name__)
 
 
 def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]:
     """Flax variables of the network ``name`` from a PyTorch state dict.
 
     Convolution kernels turn from OIHW to HWIO and linear weights from (out, in) to (in, out); dtypes
-    are kept. ``num_batches_tracked`` is ignored. A file in this package's own names and layout, as
-    :func:`granq_jax.checkpoint.save_variables` writes it, is read as it is.
+    are kept. ``num_batches_tracked`` is ignored. Whose names the tensors have, pytorchcv's or (of
+    resnet18 and resnet50b) torchvision's, is seen from them, and logged. A file in this package's own
+    names and layout, as :func:`granq_jax.checkpoint.save_variables` writes it, is read as it is.
 
     Args:
       name: a registered network, see :func:`granq_jax.create_model`.
@@ -40,7 +48,8 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
 
     Raises:
       ValueError: if tensors are missing, surplus, wrongly shaped or not floating point: all are
-        listed by name. Also for an unknown network or kind of file, or a file that cannot be read.
+        listed by name. Also for an unknown network or kind of file, a file that cannot be read, or
+        torchvision's names for resnet50, whose strides lie elsewhere: that one is resnet50b.
       FileNotFoundError: if there is no such file.
       ImportError: if the file needs PyTorch and it is not installed.
 
@@ -57,10 +66,10 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
     images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
     shapes = jax.eval_shape(info.model.init, jax.random.key(0), images)
     wanted = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
-    in_flax_names = any(key.startswith("params/") for key in tensors)
-    names = {path: "/".join(path) if in_flax_names else torch_name(path) for path in wanted}
-
     given = {key: value for key, value in tensors.items() if not key.endswith(_IGNORED)}
+    zoo, names = _recognise(name, wanted, given)
+    in_flax_names = zoo == _OWN_NAMES
+    logger.info("teacher: %s in %s names", name, zoo if in_flax_names else f"{zoo}'s")
     problems = []
     if missing := sorted(set(names.values()) - set(given)):
         problems.append(f"missing {', '.join(missing)}")
@@ -83,23 +92,59 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
     return flax.traverse_util.unflatten_dict(variables)
 
 
-def torch_name(path: tuple[str, ...]) -> str:
-    """The name in public checkpoints of the Flax variable at ``path`` (its collection first).
+def torch_name(name: str, path: tuple[str, ...], zoo: str = "pytorchcv") -> str:
+    """The name that a zoo gives to the variable at ``path`` (its collection first) of network ``name``.
 
     Example:
-      >>> torch_name(("params", "stage1", "unit2", "conv1", "norm", "bn", "scale"))
-      'features.stage1.unit2.body.conv1.bn.weight'
+      >>> path = ("params", "stage1", "unit2", "conv1", "norm", "bn", "scale")
+      >>> torch_name("resnet18", path), torch_name("resnet18", path, "torchvision")
+      ('features.stage1.unit2.body.conv1.bn.weight', 'layer1.1.bn1.weight')
     """
     _, *modules, leaf = path
-    parts = []
-    for depth, module in enumerate(modules):
-        if depth == 0 and module != "head":
-            parts.append("features")
-        if module.startswith("conv") and module != "conv":
-            parts.append("body")
-        if module != "norm":
-            parts.append({"stem": "init_block", "head": "output", "shortcut": "identity_conv"}.get(module, module))
+    parts = _torchvision_modules(modules) if zoo == "torchvision" else _pytorchcv_modules(name, modules)
     return ".".join([*parts, _LEAVES[leaf]])
+
+
+def _pytorchcv_modules(name: str, modules: list[str]) -> list[str]:
+    model = network(name).model
+    body = ["body"] if isinstance(model, ResNet) else []
+    stem = ["conv"] if isinstance(model, ResNet) and model.large_images else []
+    first, *rest = (module for module in modules if module != "norm")
+    if first == "head":
+        return ["output"]
+    if first == "stem":
+        return ["features", "init_block", *stem, *rest]
+    if first == "final":
+        return ["features", "final_block", *rest]
+    unit, conv, layer = rest
+    return ["features", first, unit, *(["identity_conv"] if conv == "shortcut" else [*body, conv]), layer]
+
+
+def _torchvision_modules(modules: list[str]) -> list[str]:
+    if modules == ["head"]:
+        return ["fc"]
+    first, *rest, layer = (module for module in modules if module != "norm")
+    if first == "stem":
+        return [f"{layer}1"]
+    unit, conv = rest
+    number = conv.removeprefix("conv")
+    inside = ["downsample", "01"[layer == "bn"]] if conv == "shortcut" else [f"{layer}{number}"]
+    return [first.replace("stage", "layer"), str(int(unit.removeprefix("unit")) - 1), *inside]
+
+
+def _recognise(name: str, paths: Iterable[tuple[str, ...]], given: Container[str]) -> tuple[str, dict]:
+    """The zoo whose names most of the tensors have, and the name in it of every path."""
+    zoos = {"pytorchcv": {path: torch_name(name, path) for path in paths}}
+    zoos[_OWN_NAMES] = {path: "/".join(path) for path in paths}
+    if isinstance(network(name).model, ResNet):
+        zoos["torchvision"] = {path: torch_name(name, path, "torchvision") for path in paths}
+    zoo = max(zoos, key=lambda zoo: sum(key in given for key in zoos[zoo].values()))
+    if zoo == "torchvision" and name not in _TORCHVISION_NETWORKS:
+        raise ValueError(
+            f"teacher: got torchvision's names for {name!r}, allowed are pytorchcv's; "
+            f"torchvision's are understood for {', '.join(_TORCHVISION_NETWORKS)}, which are built as it builds them"
+        )
+    return zoo, zoos[zoo]
 
 
 def _torch_layout(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.config import check_config
-from granq_jax.data import Split, load_split
-from granq_jax.evaluate import float_top1, student_top1
+from granq_jax.data import load_split
+from granq_jax.evaluate import Accuracy, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun
 from granq_jax.metrics import MetricsLog
 from granq_jax.quant import effective_weight_bits
 from granq_jax.record import describe, peak_rss_mb, versions, write_json
+from granq_jax.splits import Split
 from granq_jax.teachers import TRAINED_TEACHER, check_teacher, load_teacher
 from granq_jax.trainer import Variables
 
@@ -88,16 +89,16 @@ def _run(
     """Trains and evaluates, with metrics and checkpoints; returns what ``result.json`` is to hold."""
     trainer = make_trainer(config)
     total = config.epochs * config.steps_per_epoch
-    accuracies: dict[str, float | None] = {"teacher_top1": None, "student_top1_before": None}
-    evaluations: dict[int, float] = {}
+    teacher_accuracy = accuracy_before = None
+    evaluations: dict[int, Accuracy] = {}
     with MetricsLog(workdir / "metrics.jsonl", total) as log, Checkpoints(workdir) as checkpoints:
         if split is not None:
-            top1 = student_top1(trainer, split, config.eval_batch_size, devices)
-            accuracies = {
-                "teacher_top1": float_top1(trainer.model, split, config.eval_batch_size, devices)(teacher),
-                "student_top1_before": top1(teacher),
-            }
-            log.say("teacher {:.2f} %, student before training {:.2f} % top-1".format(*accuracies.values()))
+            evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
+            teacher_accuracy = float_accuracy(trainer.model, split, config.eval_batch_size, devices)(teacher)
+            accuracy_before = evaluate(teacher)
+            log.say(
+                f"teacher {teacher_accuracy.top1:.2f} %, student before training {accuracy_before.top1:.2f} % top-1"
+            )
         run = JointRun(trainer, teacher, devices)
         windows = []
         for step, metrics, seconds in _logged_steps(run, config, workdir / "profile"):
@@ -107,20 +108,21 @@ def _run(
             if into_epoch:
                 continue
             if split is not None and (epoch % config.eval_every_epochs == 0 or step == total):
-                evaluations[step] = top1(run.state.student)
-                log.evaluation(step, epoch, evaluations[step])
+                evaluations[step] = evaluate(run.state.student)
+                log.evaluation(step, epoch, evaluations[step].top1)
             if epoch % config.checkpoint_every_epochs == 0 or step == total:
                 checkpoints.save(step, run.state)
 
-    best_step = max(evaluations, key=evaluations.__getitem__) if evaluations else None
+    best_step = max(evaluations, key=lambda step: evaluations[step].top1, default=None)
     return {
         **describe(config),
         "eval_examples": 0 if split is None else len(split),
         "effective_weight_bits": effective_weight_bits(teacher["params"], trainer.spec),
         "teacher": config.teacher,
-        **accuracies,
-        "student_top1": evaluations.get(total),
-        "best_top1": None if best_step is None else evaluations[best_step],
+        **percentages("teacher", teacher_accuracy),
+        **percentages("student", accuracy_before, "_before"),
+        **percentages("student", evaluations.get(total)),
+        "best_top1": None if best_step is None else evaluations[best_step].top1,
         "best_step": best_step,
         "best_picked_on": None if best_step is None else "the test set",
         "steps": total,

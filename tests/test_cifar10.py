@@ -8,7 +8,7 @@ import pytest
 
 from granq_jax import Generator, QuantSpec, Trainer, create_model, load_torch
 from granq_jax.data import load_split
-from granq_jax.evaluate import float_top1, student_top1
+from granq_jax.evaluate import float_accuracy, student_accuracy
 
 DATA = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere"))
 NAME = "resnet20_cifar10"
@@ -26,12 +26,13 @@ def real():
 
 def test_teacher(real):
     variables, split = real
-    assert float_top1(create_model(NAME), split, 200, jax.local_devices())(variables) == pytest.approx(89.54, abs=0.02)
+    evaluate = float_accuracy(create_model(NAME), split, 200, jax.local_devices())
+    assert evaluate(variables).top1 == pytest.approx(89.54, abs=0.02)
 
 
 @pytest.mark.parametrize(("granularity", "released"), [("kernel", 86.85), ("out_channel", 82.27)])
 def test_student_before_training(real, granularity, released):
     variables, split = real
     trainer = Trainer(model=create_model(NAME), generator=Generator(10), spec=QuantSpec(weight_granularity=granularity))
-    top1 = student_top1(trainer, split, 200, jax.local_devices())(variables)
-    assert top1 == pytest.approx(released, abs=0.1)
+    accuracy = student_accuracy(trainer, split, 200, jax.local_devices())(variables)
+    assert accuracy.top1 == pytest.approx(released, abs=0.1)

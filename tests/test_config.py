@@ -9,7 +9,40 @@ from granq_jax.config import CHECKS, check_config, default_config
 from tests.conftest import one_line_error
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*_*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+
+
+# batch, epochs, warm-up, student's rate, its decays, temperature; then (lambda_l, alpha_ds) at 3, 4 and 5 bits.
+PAPER = {
+    "cifar10": (16, 200, 4, 1e-4, (100, 200, 300), 20.0, (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)),
+    "cifar100": (200, 200, 4, 1e-4, (100, 200, 300), 20.0, (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)),
+    "imagenet_resnet18": (16, 400, 50, 1e-5, (350, 400), 5.0, (0.1, 0.2), (0.3, 0.2), (0.3, 0.3)),
+    "imagenet_resnet50": (16, 400, 50, 1e-4, (150, 300, 400), 5.0, (0.4, 0.2), (0.3, 0.1), (0.3, 0.2)),
+    "imagenet_mobilenetv2": (16, 400, 4, 1e-5, (350, 400), 5.0, (0.1, 0.2), (0.1, 0.3), (0.1, 0.2)),
+}
+RESNET50_DECAYS = {3: (150, 300, 400), 4: (200, 300, 400), 5: (350, 400)}
+
+
+@pytest.mark.parametrize("row", PAPER)
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_settings_are_the_papers(row, bits):
+    config = load_config(f"{row}_w{bits}a{bits}")
+    batch, epochs, warmup, lr, decays, temperature, *by_bits = PAPER[row]
+    if row == "imagenet_resnet50":
+        decays = RESNET50_DECAYS[bits]
+    assert (config.batch_size, config.epochs, config.warmup_epochs, config.steps_per_epoch) == (
+        batch,
+        epochs,
+        warmup,
+        200,
+    )
+    assert (config.student.lr, config.generator.lr, config.decay_epochs) == (lr, 1e-3, decays)
+    assert (config.loss.temperature, config.loss.lambda_upper, config.loss.alpha_as) == (temperature, 0.8, 0.1)
+    assert (config.loss.lambda_lower, config.loss.alpha_ds) == by_bits[bits - 3]
+    assert config.generator.conditional == row.startswith("imagenet")
+    text = (CONFIGS / f"{row}_w{bits}a{bits}.py").read_text()
+    assert f"--config configs/{row}_w{bits}a{bits}.py" in text
+    assert "Measured here" in text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +105,11 @@ def _flat(tree, prefix=""):
         ("loss.temperature", 0.0, "above 0"),
         ("loss.lambda_lower", 0.9, "up to config.loss.lambda_upper"),
         ("profile.steps", -1, "from 0"),
+        ("generator.conditional", 1, "True and False"),
         ("teacher_training.flip", 1, "True and False"),
+        ("teacher_training.label_smoothing", 1.5, "to 1"),
+        ("teacher_training.small_epochs", 51, "up to config.teacher_training.epochs, 50"),
+        ("teacher_training.small_size", 33, "32 pixels of cifar10"),
     ],
 )
 def test_bad_values_are_refused(key, value, allowed):

@@ -13,7 +13,7 @@ def calls(monkeypatch):
     """Records (config, workdir) of each mode instead of running it."""
     seen = []
     for mode in command.MODES:
-        monkeypatch.setitem(command.MODES, mode, lambda config, workdir: seen.append((config, workdir)) or {})
+        monkeypatch.setitem(command.MODES, mode, lambda config, workdir, **_: seen.append((config, workdir)) or {})
     return seen
 
 
@@ -27,8 +27,9 @@ def test_settings_are_overridden_and_typed(calls, tmp_path):
 
 
 def test_the_workdir_is_named_after_the_config(calls):
-    assert main(["--config=configs/digits_w3a3.py"]) == 0
-    assert str(calls[0][1]) == "runs/digits_w3a3"
+    for mode in ([], ["--mode=train_teacher"]):
+        assert main(["--config=configs/digits_w3a3.py", *mode]) == 0
+    assert [str(workdir) for _, workdir in calls] == ["runs/digits_w3a3", "runs/digits_w3a3_teacher"]
 
 
 def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):
@@ -49,8 +50,9 @@ def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):
         (["--config=digits_w3a3", "--config.quant.act_bits=9"], ["config.quant.act_bits", "9", "2 to 8"]),
         (["--config=digits_w3a3", "--steps=9"], ["steps"]),
         (["--config=digits_w3a3", "9"], ["arguments", "9"]),
+        (["--config=digits_w3a3", "--subject=both"], ["--subject", "'both'", "--mode=evaluate"]),
         (["--mode=evaluate", "--workdir=nowhere"], ["--workdir", "'nowhere'"]),
-        (["--mode=evaluate", "--config=digits_w3a3", "--workdir=nowhere"], ["workdir", "'nowhere'"]),
+        (["--mode=evaluate", "--config=digits_w3a3", "--workdir=nowhere"], ["config.teacher", "'nowhere'"]),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(capsys, arguments, words, tmp_path, monkeypatch):

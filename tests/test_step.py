@@ -49,7 +49,7 @@ def test_six_steps_follow_the_golden_trajectory(x64):
     for path in before:
         np.testing.assert_allclose(
             jnp.linalg.norm((after[path] - before[path]).ravel()),
-            CIFAR[f"traj/student_delta_norm/{torch_name(path)}"],
+            CIFAR[f"traj/student_delta_norm/{torch_name(NAME, path)}"],
             rtol=1e-6,
             atol=1e-15,
             err_msg=str(path),

@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from granq_jax import create_model, load_torch
 from granq_jax.torch_import import torch_name
 from tests.conftest import one_line_error
-from tests.golden_figures import CIFAR, state_dict
+from tests.golden_figures import CIFAR, IMAGENET, state_dict
 
 NAME = "resnet20_cifar10"
 
@@ -91,10 +92,8 @@ def test_an_unknown_network_is_refused():
         load_torch("resnet21", {})
 
 
-def test_torch_names_cover_the_public_checkpoint():
-    for name in (NAME, "resnet20_cifar100"):
-        images = np.ones((1, 32, 32, 3), np.float32)
-        shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), images)
-        paths = jax.tree_util.tree_leaves_with_path(shapes)
-        names = {torch_name(tuple(key.key for key in path)) for path, _ in paths}
-        assert names == set(state_dict(CIFAR[f"net/{name}/keys"]))
+@pytest.mark.parametrize("name", [NAME, "resnet20_cifar100", "resnet18", "resnet50", "mobilenetv2_w1"])
+def test_torch_names_cover_the_public_checkpoint(name):
+    golden = CIFAR if "cifar" in name else IMAGENET
+    paths = flatten_dict(jax.eval_shape(create_model(name).init, jax.random.key(0), np.ones((1, 32, 32, 3))))
+    assert {torch_name(name, path) for path in paths} == set(state_dict(golden[f"net/{name}/keys"]))

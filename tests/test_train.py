@@ -12,7 +12,7 @@ from granq_jax import load_config, load_torch, train_and_evaluate
 from granq_jax.build import make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.data import load_split
-from granq_jax.evaluate import evaluate_run, float_top1
+from granq_jax.evaluate import evaluate_run, float_accuracy
 from granq_jax.torch_import import torch_name
 from granq_jax.trainer import TrainState
 from tests.conftest import one_line_error
@@ -29,7 +29,7 @@ def tiny_config(**changes):
     config = load_config("digits_w3a3")
     config.epochs, config.steps_per_epoch, config.warmup_epochs = 3, 4, 1
     config.batch_size, config.log_every_steps, config.eval_every_epochs = 8, 3, 2
-    config.teacher_training.epochs = 2
+    config.teacher_training.epochs, config.teacher_training.small_epochs = 2, 0
     config.profile.start, config.profile.steps = 2, 3
     config.decay_epochs = (2,)
     config.update_from_flattened_dict(changes)
@@ -51,8 +51,8 @@ def test_the_result(finished):
     assert json.loads((workdir / "result.json").read_text()) == result
     assert result.keys() >= RESULT
     assert (result["steps"], result["eval_examples"], result["best_step"] % 4) == (12, 360, 0)
-    for accuracy in ("teacher_top1", "student_top1_before", "student_top1", "best_top1"):
-        assert 0 <= result[accuracy] <= 100
+    for subject in ("teacher_{}", "student_{}_before", "student_{}"):
+        assert 0 <= result[subject.format("top1")] <= result[subject.format("top5")] <= 100
     assert result["best_top1"] >= result["student_top1"]
     assert 3.0 < result["effective_weight_bits"] < 4.0
 
@@ -94,6 +94,11 @@ def test_a_finished_run_is_evaluated(finished):
     assert evaluation["student_top1"] == result["student_top1"]
     assert evaluation["step"] == result["steps"]
     assert json.loads((workdir / "evaluation.json").read_text()) == evaluation
+    assert "teacher_top1" not in evaluation
+    both = evaluate_run(load_config(workdir / "config.json"), workdir, "both")
+    assert [both[key] for key in ("teacher_top1", "teacher_top5", "student_top1", "student_top5")] == [
+        result[key] for key in ("teacher_top1", "teacher_top5", "student_top1", "student_top5")
+    ]
 
 
 def test_a_student_checkpoint_loads_into_the_float_model(finished):
@@ -105,8 +110,8 @@ def test_a_student_checkpoint_loads_into_the_float_model(finished):
         state = checkpoints.restore(checkpoints.latest_step(), like)
     assert isinstance(state, TrainState)
     assert int(state.step) == 12
-    top1 = float_top1(trainer.model, load_split("digits", "test"), 120, jax.local_devices())
-    assert top1(state.student) > 50
+    accuracy = float_accuracy(trainer.model, load_split("digits", "test"), 120, jax.local_devices())
+    assert accuracy(state.student).top1 > 50
 
 
 def test_the_size_of_evaluation_batches_does_not_matter(finished):
@@ -127,7 +132,7 @@ def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished):
     monkeypatch.setattr(granq_jax.train, "load_split", refuse)
     flax_layout = flatten_dict(load_torch("resnet8_digits", finished[0] / "teacher.safetensors"))
     tensors = {
-        torch_name(path): value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        torch_name("resnet8_digits", path): value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         for path, value in flax_layout.items()
     }
     np.savez(tmp_path / "teacher.npz", **tensors)
@@ -192,4 +197,4 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
 
 def test_a_run_without_checkpoints_cannot_be_evaluated(tmp_path):
     with one_line_error(ValueError, "workdir", "no checkpoint"):
-        evaluate_run(tiny_config(), tmp_path)
+        evaluate_run(tiny_config(), tmp_path, "student")

@@ -28,16 +28,19 @@ class BatchStatsNorm(nn.Module):
     Attributes:
       epsilon: added to the variance.
       affine: whether a learnt scale and shift follow.
+      classes: how many scales and shifts there are, one of each for a label (categorical conditional
+        batch norm, Dumoulin et al., ICLR 2017); 0 is one for all.
       axis_name: mapped axis over which the batch is split.
     """
 
     epsilon: float = 1e-5
     affine: bool = True
+    classes: int = 0
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises every channel of ``x`` (N, ..., C)."""
+    def __call__(self, x: jax.Array, labels: jax.Array) -> jax.Array:
+        """Normalises every channel of ``x`` (N, ..., C); ``labels`` (N,) choose scale and shift."""
         features = x.shape[-1]
         axis_name = None if self.is_initializing() else self.axis_name
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), x.dtype)
@@ -47,14 +50,18 @@ class BatchStatsNorm(nn.Module):
             count = x.size // features * (1 if axis_name is None else jax.lax.axis_size(axis_name))
             running_mean.value = 0.9 * running_mean.value + 0.1 * mean
             running_var.value = 0.9 * running_var.value + 0.1 * var * (count / (count - 1))
-        multiplier = jax.lax.rsqrt(var + self.epsilon)
+        spread = (-1,) + (1,) * (x.ndim - 2) + (features,)
+
+        def learnt(name, initializer):
+            shape = (self.classes, features) if self.classes else (features,)
+            value = self.param(name, initializer, shape, x.dtype)
+            return (value[labels] if self.classes else value).reshape(spread)
+
+        multiplier = jax.lax.rsqrt(var + self.epsilon).reshape(spread)
         if self.affine:
-            multiplier = multiplier * self.param("scale", nn.initializers.ones, (features,), x.dtype)
-        last = (1,) * (x.ndim - 1) + (features,)
-        y = (x - mean.reshape(last)) * multiplier.reshape(last)
-        if self.affine:
-            y = y + self.param("bias", nn.initializers.zeros, (features,), x.dtype).reshape(last)
-        return y
+            multiplier = multiplier * learnt("scale", nn.initializers.ones)
+        y = (x - mean.reshape(spread)) * multiplier
+        return y + learnt("bias", nn.initializers.zeros) if self.affine else y
 
 
 class UpsampleConv(nn.Module):
@@ -104,6 +111,8 @@ class Generator(nn.Module):
       classes: number of labels.
       image_size: height and width, a multiple of 4.
       channels: 1 or 3.
+      conditional: whether labels choose the scale and shift of every batch norm but the last, as for
+        ImageNet, instead of an embedding that multiplies the noise.
       axis_name: mapped axis over which the batch is split; its statistics are then those of the
         whole batch.
 
@@ -123,6 +132,7 @@ class Generator(nn.Module):
     classes: int
     image_size: int = 32
     channels: int = 3
+    conditional: bool = False
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -138,7 +148,10 @@ class Generator(nn.Module):
         """Images (N, size, size, channels) of noise ``z`` (N, latent) and ``labels`` (N,)."""
         latent, small = z.shape[-1], self.image_size // 4
         normal = nn.initializers.normal(1.0)
-        x = z * nn.Embed(self.classes, latent, embedding_init=normal, param_dtype=z.dtype, name="embed")(labels)
+        x = z
+        if not self.conditional:
+            embed = nn.Embed(self.classes, latent, embedding_init=normal, param_dtype=z.dtype, name="embed")
+            x = z * embed(labels)
         x = nn.Dense(
             small * small * 128,
             kernel_init=_uniform_fan_in,
@@ -146,9 +159,9 @@ class Generator(nn.Module):
             param_dtype=z.dtype,
             name="dense",
         )(x)
-        x = self._norm("norm0", 1e-5)(x.reshape(-1, small, small, 128))
-        x = nn.leaky_relu(self._norm("norm1", 0.8)(UpsampleConv(128, name="conv1")(x)), 0.2)
-        x = nn.leaky_relu(self._norm("norm2", 0.8)(UpsampleConv(64, name="conv2")(x)), 0.2)
+        x = self._norm("norm0", 1e-5)(x.reshape(-1, small, small, 128), labels)
+        x = nn.leaky_relu(self._norm("norm1", 0.8)(UpsampleConv(128, name="conv1")(x), labels), 0.2)
+        x = nn.leaky_relu(self._norm("norm2", 0.8)(UpsampleConv(64, name="conv2")(x), labels), 0.2)
         x = nn.Conv(
             self.channels,
             (3, 3),
@@ -158,7 +171,8 @@ class Generator(nn.Module):
             param_dtype=z.dtype,
             name="conv3",
         )(x)
-        return BatchStatsNorm(1e-5, affine=False, axis_name=self.axis_name, name="norm3")(jnp.tanh(x))
+        return BatchStatsNorm(1e-5, affine=False, axis_name=self.axis_name, name="norm3")(jnp.tanh(x), labels)
 
     def _norm(self, name: str, epsilon: float) -> BatchStatsNorm:
-        return BatchStatsNorm(epsilon, axis_name=self.axis_name, name=name)
+        classes = self.classes if self.conditional else 0
+        return BatchStatsNorm(epsilon, classes=classes, axis_name=self.axis_name, name=name)

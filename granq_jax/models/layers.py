@@ -50,18 +50,27 @@ class NormAct(nn.Module):
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, padded to keep the size at stride 1, then :class:`NormAct`."""
+    """Convolution without bias, padded to keep the size at stride 1, then :class:`NormAct`.
+
+    Attributes:
+      depthwise: whether every channel is convolved by itself; ``features`` is then their number.
+    """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
     activation: str | None = "relu"
+    depthwise: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array | None = None, *, train: bool) -> jax.Array:
         """(N, H, W, C) to (N, H / strides, W / strides, features), the shape of ``residual``."""
         size, pad = (self.kernel_size,) * 2, self.kernel_size // 2
-        x = nn.Conv(self.features, size, self.strides, padding=pad, use_bias=False, name="conv")(x)
+        groups = self.features if self.depthwise else 1
+        conv = nn.Conv(
+            self.features, size, self.strides, padding=pad, feature_group_count=groups, use_bias=False, name="conv"
+        )
+        x = conv(x)
         return NormAct(self.activation, name="norm")(x, residual, train=train)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 
-from granq_jax.models.resnet import ResNet
+from granq_jax.models.mobilenet_v2 import MobileNetV2
+from granq_jax.models.resnet import BottleneckUnit, ResNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +21,22 @@ class Network:
     channels: int = 3
 
 
+def _imagenet(model: nn.Module) -> Network:
+    return Network(model, classes=1000, image_size=224)
+
+
+_ImageNetResNet = partial(ResNet, 1000, stem_width=64, large_images=True)
+_resnet50 = partial(_ImageNetResNet, (3, 4, 6, 3), (256, 512, 1024, 2048))
+
 NETWORKS = {
     "resnet20_cifar10": Network(ResNet(10), classes=10, image_size=32),
     "resnet20_cifar100": Network(ResNet(100), classes=100, image_size=32),
     "resnet8_digits": Network(ResNet(10, units=(1, 1, 1)), classes=10, image_size=8, channels=1),
+    "resnet18": _imagenet(_ImageNetResNet((2, 2, 2, 2), (64, 128, 256, 512))),
+    "resnet50": _imagenet(_resnet50(BottleneckUnit)),
+    # The stride in the 3x3 convolutions, as torchvision has it.
+    "resnet50b": _imagenet(_resnet50(partial(BottleneckUnit, late_strides=True))),
+    "mobilenetv2_w1": _imagenet(MobileNetV2(1000)),
 }
 
 

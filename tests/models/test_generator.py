@@ -6,24 +6,60 @@ import pytest
 from granq_jax import Generator
 from granq_jax.models.generator import BatchStatsNorm, UpsampleConv
 from tests.conftest import one_line_error
-from tests.golden_figures import CIFAR, generator_variables, state_dict
+from tests.golden_figures import (
+    CIFAR,
+    CONDITIONAL_GENERATOR_NAMES,
+    GENERATOR_NAMES,
+    IMAGENET,
+    generator_variables,
+    state_dict,
+)
 
 
-def test_golden_images(x64):
-    variables = generator_variables(state_dict(CIFAR["gen/keys"]))
-    z, labels = jnp.asarray(CIFAR["gen/z"][0]), jnp.asarray(CIFAR["gen/labels"][0])
-    images, _ = Generator(classes=10).apply(variables, z, labels, mutable=["batch_stats"])
-    np.testing.assert_allclose(images.mean((0, 1, 2)), CIFAR["gen/images0_mean"], rtol=1e-8, atol=1e-12)
-    np.testing.assert_allclose(images.std((0, 1, 2), ddof=1), CIFAR["gen/images0_std"], rtol=1e-8)
+@pytest.mark.parametrize(
+    ("golden", "names", "generator"),
+    [
+        (CIFAR, GENERATOR_NAMES, Generator(classes=10)),
+        (IMAGENET, CONDITIONAL_GENERATOR_NAMES, Generator(classes=1000, image_size=224, conditional=True)),
+    ],
+)
+def test_golden_images(x64, golden, names, generator):
+    variables = generator_variables(state_dict(golden["gen/keys"]), generator.image_size // 4, names)
+    z, labels = jnp.asarray(golden["gen/z"][0]), jnp.asarray(golden["gen/labels"][0])
+    images, _ = generator.apply(variables, z, labels, mutable=["batch_stats"])
+    np.testing.assert_allclose(images.mean((0, 1, 2)), golden["gen/images0_mean"], rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(images.std((0, 1, 2), ddof=1), golden["gen/images0_std"], rtol=1e-8)
     crop = images[:, :8, :8].transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(crop, CIFAR["gen/images0_crop"], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(crop, golden["gen/images0_crop"], rtol=1e-8, atol=1e-8)
+
+
+def test_golden_statistics_of_the_conditional_generator(x64):
+    """Stored under "after1", but as they are before any step: pins the names, not an update."""
+    tensors = state_dict(IMAGENET["gen/keys"])
+    for (collection, *_), name in CONDITIONAL_GENERATOR_NAMES.items():
+        if collection == "batch_stats":
+            np.testing.assert_array_equal(tensors[name], IMAGENET[f"gen/after1/{name}"])
+
+
+def test_labels_choose_scale_and_shift(x64):
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((3, 2, 2, 4)), np.array([2, 0, 2])
+    scale, bias = rng.standard_normal((2, 5, 4))
+    norm = BatchStatsNorm(classes=5)
+    variables = norm.init(jax.random.key(0), jnp.asarray(x), labels)
+    variables = {**variables, "params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}
+    y, _ = norm.apply(variables, jnp.asarray(x), labels, mutable=["batch_stats"])
+    for n, label in enumerate(labels):
+        expected = (x[n] - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) * scale[label] + bias[label]
+        np.testing.assert_allclose(y[n], expected, rtol=1e-10)
 
 
 def test_running_statistics_follow_pytorch(x64):
     x = np.random.default_rng(0).standard_normal((4, 3, 3, 2)) + 1
     norm = BatchStatsNorm()
-    variables = norm.init(jax.random.key(0), jnp.asarray(x))
-    _, updates = norm.apply(variables, jnp.asarray(x), mutable=["batch_stats"])
+    labels = jnp.zeros(4, int)
+    variables = norm.init(jax.random.key(0), jnp.asarray(x), labels)
+    _, updates = norm.apply(variables, jnp.asarray(x), labels, mutable=["batch_stats"])
     np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-12)
 

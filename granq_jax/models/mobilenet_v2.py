@@ -1,0 +1,75 @@
+"""MobileNetV2 (Sandler et al., CVPR 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from granq_jax.models.layers import ConvNormAct
+
+
+class InvertedResidualUnit(nn.Module):
+    """1x1 up to ``inside`` channels, depthwise 3x3, 1x1 down to ``features`` without activation.
+
+    The input is added where the shape does not change.
+    """
+
+    inside: int
+    features: int
+    strides: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(N, H, W, C) to (N, H / strides, W / strides, features)."""
+        shortcut = x if self.strides == 1 and x.shape[-1] == self.features else None
+        x = ConvNormAct(self.inside, 1, activation="relu6", name="conv1")(x, train=train)
+        x = ConvNormAct(self.inside, 3, self.strides, "relu6", depthwise=True, name="conv2")(x, train=train)
+        return ConvNormAct(self.features, 1, activation=None, name="conv3")(x, shortcut, train=train)
+
+
+class Stage(nn.Module):
+    """Units one after another; the first one has the stride, and ``expansion`` widens each inside."""
+
+    widths: Sequence[int]
+    strides: int
+    expansion: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(N, H, W, C) to (N, H / strides, W / strides, widths[-1])."""
+        for i, width in enumerate(self.widths):
+            unit = InvertedResidualUnit(
+                x.shape[-1] * self.expansion, width, self.strides if i == 0 else 1, name=f"unit{i + 1}"
+            )
+            x = unit(x, train=train)
+        return x
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 as in pytorchcv, whose first unit has a 1x1 convolution too, and whose head is one.
+
+    The head has no bias.
+
+    Attributes:
+      classes: number of logits.
+    """
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits (N, classes) of normalised images (N, H, W, 3), H and W multiples of 32."""
+        x = ConvNormAct(32, 3, 2, "relu6", name="stem")(images, train=train)
+        for i, widths in enumerate(_WIDTHS):
+            strides, expansion = (1, 1) if i == 0 else (2, 6)
+            x = Stage(widths, strides, expansion, name=f"stage{i + 1}")(x, train=train)
+        x = ConvNormAct(1280, 1, activation="relu6", name="final")(x, train=train)
+        x = jnp.mean(x, axis=(1, 2), keepdims=True)
+        return nn.Conv(self.classes, (1, 1), use_bias=False, name="head")(x).reshape(x.shape[0], self.classes)
+
+
+# Stages begin where the image is halved.
+_WIDTHS = ((16,), (24, 24), (32, 32, 32), (64, 64, 64, 64, 96, 96, 96), (160, 160, 160, 320))

@@ -1,0 +1,193 @@
+"""Parts of data sets, in memory or on disk, and batches of their images ready for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import PIL.Image
+
+T = TypeVar("T")
+Batch = tuple[np.ndarray, np.ndarray]
+
+# Resized so that the centre crop keeps 87.5 % of the shorter side: 256 for 224 pixels, as in the
+# evaluation of the public ImageNet checkpoints.
+_CROP_SHARE = 0.875
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is fixed of a data set, and how its images are normalised: (pixel / max_value - mean) / std."""
+
+    classes: int
+    image_size: int
+    channels: int
+    max_value: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalise(self, images: np.ndarray) -> np.ndarray:
+        """Raw images (N, H, W, C) to float32 ones of roughly zero mean and unit variance."""
+        scaled = images.astype(np.float32) / np.float32(self.max_value)
+        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySplit:
+    """Small images, all in memory.
+
+    Attributes:
+      dataset: what they are.
+      images: (N, H, W, C), uint8.
+      labels: (N,), int32.
+    """
+
+    dataset: Dataset
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def examples(self, indices: np.ndarray) -> Batch:
+        """Images (n, H, W, C), uint8, and labels (n,), int32, for evaluation."""
+        return self.images[indices], self.labels[indices]
+
+    def augmented(self, indices: np.ndarray, rng: np.random.Generator, size: int, max_shift: int) -> Batch:
+        """The same for training: windows of ``size`` pixels at random places.
+
+        ``max_shift`` is how far a window may reach over the image's edge, where it sees zeros.
+        """
+        around = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
+        padded = np.pad(self.images[indices], around)
+        places = padded.shape[1] - size + 1
+        rows, columns = rng.integers(0, places, (2, len(indices)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
+        return windows[np.arange(len(indices)), rows, columns].transpose(0, 2, 3, 1), self.labels[indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedSplit:
+    """Photographs of any size, read and decoded when they are asked for, several at a time.
+
+    Attributes:
+      dataset: what they are.
+      size: how many there are.
+      read: encoded images (JPEG, PNG, ...) and labels of a list of indices.
+    """
+
+    dataset: Dataset
+    size: int
+    read: Callable[[list[int]], Sequence[tuple[bytes, int]]]
+    _pool: ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode"), repr=False
+    )
+
+    def __len__(self) -> int:
+        return self.size
+
+    def examples(self, indices: np.ndarray) -> Batch:
+        """Images (n, H, W, C), uint8, and labels (n,), int32: resized, and their centres cut out."""
+        return self._decoded(indices, [centre_crop] * len(indices), self.dataset.image_size)
+
+    def augmented(self, indices: np.ndarray, rng: np.random.Generator, size: int, max_shift: int) -> Batch:
+        """The same for training: random parts of the photographs, resized to ``size`` pixels.
+
+        ``max_shift`` is for small images; a part of a photograph never reaches over its edge.
+        """
+        crops = [RandomCrop(*rng.random((2, _CROP_ATTEMPTS, 2))) for _ in indices]
+        return self._decoded(indices, crops, size)
+
+    def _decoded(self, indices, crops, size) -> Batch:
+        encoded, labels = zip(*self.read(indices.tolist()), strict=True)
+        # Pillow lets go of the interpreter while it decodes and resizes.
+        images = self._pool.map(lambda data, crop: np.asarray(crop(_open(data), size)), encoded, crops)
+        return np.stack(list(images)), np.array(labels, np.int32)
+
+
+Split = MemorySplit | EncodedSplit
+
+
+def batches(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Normalised images, labels and weights in order, every batch of the same size, made ahead of use.
+
+    The last batch is filled up with copies of its first image, of weight 0: copies, so that a range
+    measured over a batch is that of its real images.
+    """
+
+    def one_by_one():
+        for start in range(0, len(split), batch_size):
+            indices = np.arange(start, start + batch_size)
+            real = indices < len(split)
+            images, labels = split.examples(np.where(real, indices, start))
+            yield split.dataset.normalise(images), labels, real.astype(np.float32)
+
+    return ahead(one_by_one())
+
+
+def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+    """``items``, made by another thread, ``count`` of them ahead of the one that is used.
+
+    Example:
+      >>> list(ahead(range(4)))
+      [0, 1, 2, 3]
+    """
+    source = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        waiting = [thread.submit(lambda: list(islice(source, 1))) for _ in range(count)]
+        while item := waiting.pop(0).result():
+            waiting.append(thread.submit(lambda: list(islice(source, 1))))
+            yield item[0]
+
+
+def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """The centre of ``image``, ``size`` pixels high and wide, after its shorter side became size / 0.875.
+
+    Example:
+      >>> centre_crop(PIL.Image.new("RGB", (640, 480)), 224).size
+      (224, 224)
+    """
+    shorter = math.ceil(size / _CROP_SHARE)
+    width, height = (int(shorter * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))
+
+
+_CROP_ATTEMPTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+    """A random part of an image: 8 to 100 % of its area, 3:4 to 4:3 (Szegedy et al., CVPR 2015).
+
+    Attributes:
+      shapes: (attempts, 2), uniform in [0, 1): area and aspect ratio; the first that fits is taken.
+      places: (attempts, 2), uniform in [0, 1): where it lies.
+    """
+
+    shapes: np.ndarray
+    places: np.ndarray
+
+    def __call__(self, image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+        """The part, ``size`` pixels high and wide."""
+        for (area, ratio), (x, y) in zip(self.shapes, self.places, strict=True):
+            pixels = (0.08 + 0.92 * area) * image.width * image.height
+            aspect = (3 / 4) * (16 / 9) ** ratio
+            width, height = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+            if 0 < width <= image.width and 0 < height <= image.height:
+                left, top = int(x * (image.width - width + 1)), int(y * (image.height - height + 1))
+                box = (left, top, left + width, top + height)
+                return image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box)
+        return centre_crop(image, size)
+
+
+def _open(data: bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,0 +1,61 @@
+"""``--mode train_teacher``: a full-precision teacher for users who have data but no checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from granq_jax.build import check_devices
+from granq_jax.config import check_config
+from granq_jax.data import load_split
+from granq_jax.evaluate import float_accuracy, percentages
+from granq_jax.models.registry import create_model
+from granq_jax.record import peak_rss_mb, versions, write_json
+from granq_jax.teachers import TRAINED_TEACHER, run_training
+
+
+def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains the config's network on its data set: ``--mode train_teacher``.
+
+    In ``workdir`` it leaves ``teacher.safetensors``, which ``config.teacher`` may name in other runs,
+    ``teacher.json``, and ``teacher_training/`` with a checkpoint and a line of ``metrics.jsonl`` an
+    epoch. Called again after it was broken off, it goes on after the last epoch completed, and ends
+    with the same teacher.
+
+    Returns:
+      What ``teacher.json`` holds. Accuracies are in percent, of the last weights; those of a config
+      with ``eval="none"`` are ``None``.
+
+    Raises:
+      ValueError: for a setting or data set that cannot be used, or a ``workdir`` that holds a trained
+        teacher, or one in training with other settings.
+      RuntimeError: if the training diverges.
+    """
+    check_config(config)
+    workdir = Path(workdir)
+    if (workdir / TRAINED_TEACHER).exists():
+        raise ValueError(f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away")
+    devices = jax.local_devices()
+    check_devices(config, devices)
+    split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+    variables, seconds = run_training(config, workdir)
+    accuracy = None
+    if split is not None:
+        accuracy = float_accuracy(create_model(config.network), split, config.eval_batch_size, devices)(variables)
+    result = {
+        "dataset": config.dataset,
+        "network": config.network,
+        "teacher_training": config.teacher_training.to_dict(),
+        "seed": config.seed,
+        "eval_examples": 0 if split is None else len(split),
+        **percentages("teacher", accuracy),
+        "seconds": seconds,
+        "peak_rss_mb": peak_rss_mb(),
+        "devices": [str(device) for device in devices],
+        "versions": versions(),
+    }
+    write_json(workdir / "teacher.json", result)
+    return result

@@ -1,0 +1,122 @@
+"""Where teachers come from, and training one."""
+
+import itertools
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import granq_jax.teachers
+from granq_jax import load_config, load_torch, zoo
+from granq_jax.checkpoint import save_variables
+from granq_jax.evaluate import evaluate_run
+from granq_jax.models import create_model
+from granq_jax.teachers import check_teacher, load_teacher
+from granq_jax.train_teacher import train_teacher
+from tests.conftest import one_line_error
+
+
+def tiny_config(**changes):
+    config = load_config("digits_w3a3")
+    config.teacher_training.epochs = 4
+    config.teacher_training.small_epochs, config.teacher_training.small_size = 2, 6
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def losses_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "teacher_training" / "metrics.jsonl").read_text().splitlines()]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(lines))
+    return [(line["epoch"], line["loss"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("teacher")
+    return workdir, train_teacher(tiny_config(), workdir)
+
+
+def test_a_trained_teacher_and_its_record(trained):
+    workdir, result = trained
+    assert json.loads((workdir / "teacher.json").read_text()) == result
+    assert result["teacher_top1"] > 95
+    assert result["teacher_top1"] <= result["teacher_top5"] <= 100
+    assert (result["eval_examples"], result["seed"], result["teacher_training"]["epochs"]) == (360, 0, 4)
+    assert [epoch for epoch, _ in losses_of(workdir)] == [1, 2, 3, 4]
+
+
+def test_training_goes_on_where_it_was_broken_off(trained, tmp_path, monkeypatch):
+    save = granq_jax.teachers.Checkpoints.save
+
+    def save_twice(self, step, state):
+        if step == 3:
+            raise KeyboardInterrupt
+        save(self, step, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(granq_jax.teachers.Checkpoints, "save", save_twice)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(tiny_config(), tmp_path)
+    assert not (tmp_path / "teacher.safetensors").exists()
+    with one_line_error(ValueError, "workdir", str(tmp_path), "lr 0.1", "0.3"):
+        train_teacher(tiny_config(**{"teacher_training.lr": 0.3}), tmp_path)
+    train_teacher(tiny_config(), tmp_path)
+    assert losses_of(tmp_path) == losses_of(trained[0])
+    ours, theirs = (load_torch("resnet8_digits", path / "teacher.safetensors") for path in (tmp_path, trained[0]))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with one_line_error(ValueError, "workdir", "already holds a teacher"):
+        train_teacher(tiny_config(), tmp_path)
+
+
+def test_a_teacher_is_evaluated_alone(trained, tmp_path):
+    config = tiny_config(teacher=str(trained[0] / "teacher.safetensors"))
+    evaluation = evaluate_run(config, tmp_path / "new")
+    assert evaluation["teacher_top1"] == trained[1]["teacher_top1"]
+    assert not [key for key in evaluation if key.startswith("student")]
+    assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == evaluation
+    with one_line_error(ValueError, "workdir", "no checkpoint"):
+        evaluate_run(config, tmp_path, "both")
+    with one_line_error(ValueError, "config.teacher", "'train'", "no trained teacher"):
+        evaluate_run(tiny_config(), tmp_path)
+
+
+def test_the_bundled_teacher():
+    config = load_config("cifar10_w3a3")
+    assert config.teacher == "bundled"
+    teacher = flatten_dict(load_teacher(config, workdir=None))
+    shapes = flatten_dict(jax.eval_shape(create_model(config.network).init, jax.random.key(0), np.ones((1, 32, 32, 3))))
+    assert {path: leaf.shape for path, leaf in teacher.items()} == {path: leaf.shape for path, leaf in shapes.items()}
+    assert {leaf.dtype for leaf in teacher.values()} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("config", "teacher", "error", "words"),
+    [
+        ("cifar10_w3a3", "", ValueError, ("not set", "'bundled'", "'resnet20_cifar10'", "'train'", ".safetensors")),
+        ("cifar10_w3a3", "none.npz", FileNotFoundError, ("none.npz", "no such file", "'bundled'")),
+        ("cifar10_w3a3", "resnet18", ValueError, ("'resnet18' for 'resnet20_cifar10'", "'bundled'")),
+        ("imagenet_resnet18_w3a3", "bundled", ValueError, ("'bundled' for 'resnet18'", "'resnet18', a public")),
+        ("imagenet_resnet18_w3a3", "resnet18", ImportError, ("'resnet18'", "granq-jax[torch]")),
+    ],
+)
+def test_teachers_that_cannot_be_had(config, teacher, error, words, monkeypatch):
+    monkeypatch.setattr(granq_jax.teachers.importlib.util, "find_spec", lambda name: None)
+    config = load_config(config)
+    config.teacher = teacher
+    with one_line_error(error, "config.teacher", *words):
+        check_teacher(config)
+
+
+def test_a_public_checkpoint_is_fetched_by_name(tmp_path, monkeypatch):
+    config = load_config("cifar10_w3a3")
+    config.teacher = config.network
+    images = np.ones((1, 32, 32, 3), np.float32)
+    variables = jax.jit(create_model(config.network).init)(jax.random.key(0), images)
+    save_variables(tmp_path / "fetched.safetensors", variables)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(granq_jax.teachers.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(zoo, "fetch", {config.network: tmp_path / "fetched.safetensors"}.__getitem__)
+    jax.tree.map(np.testing.assert_array_equal, load_teacher(config, workdir=tmp_path), variables)
