@@ -26,6 +26,7 @@ from granq_jax.quant.spec import (
 )
 
 TRAIN_A_TEACHER = "train"
+_CONFIGS = resources.files("granq_jax.configs")
 
 
 def default_config() -> ConfigDict:
@@ -115,12 +116,11 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
       >>> config.quant.weight_bits, config.network
       (4, 'resnet20_cifar10')
     """
-    bundled = {entry.name: entry for entry in resources.files("granq_jax.configs").iterdir()}
     path = Path(name)
-    if path.suffix == "" and f"{name}.py" in bundled:
-        path = Path(str(bundled[f"{name}.py"]))
+    if str(name) in config_names():
+        path = Path(str(_CONFIGS / f"{name}.py"))
     if path.suffix not in (".py", ".json") or not path.is_file():
-        names = ", ".join(sorted(file[:-3] for file in bundled if file.endswith(".py") and file[0] != "_"))
+        names = ", ".join(config_names())
         raise ValueError(f"config: got {str(name)!r}, allowed are paths of .py or .json files that exist, and {names}")
     if path.suffix == ".json":
         return _from_json(path)
@@ -151,6 +151,12 @@ def _from_json(path: Path) -> ConfigDict:
             config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     config.lock()
     return config
+
+
+def config_names() -> list[str]:
+    """The names of the configs that come with the package."""
+    files = (entry.name for entry in _CONFIGS.iterdir())
+    return sorted(file[:-3] for file in files if file.endswith(".py") and file[0] != "_")
 
 
 Check = tuple[Callable[[Any], bool], str]

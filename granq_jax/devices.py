@@ -37,3 +37,13 @@ def place(tree: Any, devices: Sequence[jax.Device], split: bool = False) -> Any:
     """Puts ``tree`` where a mapped function wants it: whole on each device, or split by axis 0."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS) if split else PartitionSpec())
     return jax.device_put(tree, sharding)
+
+
+def settle(tree: Any, devices: Sequence[jax.Device]) -> None:
+    """Waits for ``tree`` where a second step in flight could stop the first one for good.
+
+    Several CPU devices share one pool of threads, and a collective keeps its thread until all
+    devices have come to it; XLA ends a process that has waited for 40 seconds.
+    """
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        jax.block_until_ready(tree)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import flax.core
 import jax
 from tqdm.auto import tqdm
 
-from granq_jax.devices import place, sample_index
+from granq_jax.devices import place, sample_index, settle
 from granq_jax.step import mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables
 
@@ -28,18 +27,23 @@ class JointRun:
         self._devices = devices
         self._index = place(sample_index(trainer.batch_size, devices), devices, split=True)
         self._teacher = place(flax.core.unfreeze(dict(teacher)), devices)
-        self._phases: dict[bool, Any] = {}
+        self._phases: dict[bool, jax.stages.Compiled] = {}
         self.state: TrainState = place(trainer.init(teacher), devices)
         self.compile_seconds = 0.0
 
-    def advance(self, warmup: bool) -> dict[str, jax.Array]:
-        """Takes a step and returns its metrics, which stay on the device until they are read."""
+    def compiled(self, warmup: bool) -> jax.stages.Compiled:
+        """The step of a phase, which is compiled when it is first asked for."""
         if warmup not in self._phases:
             start = time.perf_counter()
             mapped = mapped_step(self._trainer, warmup, self._devices)
             self._phases[warmup] = mapped.lower(self.state, self._teacher, self._index).compile()
             self.compile_seconds += time.perf_counter() - start
-        self.state, metrics = self._phases[warmup](self.state, self._teacher, self._index)
+        return self._phases[warmup]
+
+    def advance(self, warmup: bool) -> dict[str, jax.Array]:
+        """Takes a step and returns its metrics, which stay on the device until they are read."""
+        self.state, metrics = self.compiled(warmup)(self.state, self._teacher, self._index)
+        settle(metrics, self._devices)
         return metrics
 
 

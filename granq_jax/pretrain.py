@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
-from granq_jax.devices import AXIS, place, sample_index
+from granq_jax.devices import AXIS, place, sample_index, settle
 from granq_jax.splits import Batch, Split, ahead
 from granq_jax.trainer import Variables
 
@@ -113,7 +113,9 @@ def pretrain(
     mapped = jax.pmap(
         train_step, AXIS, in_axes=(None, None, 0, 0), out_axes=None, donate_argnums=(0, 1), devices=devices
     )
-    variables = jax.jit(model.init)(jax.random.key(settings.seed), split.dataset.normalise(split.examples(_FIRST)[0]))
+    variables = jax.jit(model.init)(
+        jax.random.key(settings.seed), split.dataset.normalise(split.examples(np.array([0]))[0])
+    )
     state = place(restore(_state(0, variables, optimizer.init(variables["params"]))), devices)
     done = int(state.epoch)
     with tqdm(total=total, initial=done * steps_per_epoch, unit="step", desc="teacher", dynamic_ncols=True) as bar:
@@ -123,11 +125,11 @@ def pretrain(
                 parts = [array.reshape(len(devices), -1, *array.shape[1:]) for array in batch]
                 parts = place(parts, devices, split=True)
                 variables, opt_state, loss = mapped(variables, opt_state, *parts)
-                # One step at a time: several in flight on virtual CPU devices starve each other of threads.
-                losses.append(float(loss))
+                settle(loss, devices)
+                losses.append(loss)
                 bar.update()
             state = _state(epoch + 1, variables, opt_state)
-            mean_loss = float(np.mean(losses))
+            mean_loss = float(np.mean(jax.device_get(losses)))
             if not math.isfinite(mean_loss):
                 raise RuntimeError(f"the teacher's loss is {mean_loss} in epoch {epoch}: its learning rate is too high")
             bar.set_postfix(loss=f"{mean_loss:.4f}")
@@ -143,9 +145,6 @@ def check_batches(settings: PretrainSettings, split: Split, devices: Sequence[ja
             f"config.teacher_training.batch_size: got {settings.batch_size}, "
             f"allowed are whole numbers up to the {len(split)} training images"
         )
-
-
-_FIRST = np.array([0])
 
 
 def _state(epoch: int, variables: Variables, opt_state: optax.OptState) -> PretrainState:

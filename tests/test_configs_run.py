@@ -1,0 +1,74 @@
+"""Every config of the paper's table takes three joint steps and is evaluated, on a few prepared images."""
+
+import io
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import granq_jax.train
+from granq_jax import create_model, load_config, train_and_evaluate
+from granq_jax.checkpoint import save_variables
+from granq_jax.data import DATASETS
+from granq_jax.models.registry import network
+from granq_jax.splits import EncodedSplit, MemorySplit
+
+ROWS = ("cifar10", "cifar100", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenetv2")
+
+
+def prepared_split(dataset):
+    """Four images: arrays if they are small, photographs of several shapes otherwise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(4, dtype=np.int32)
+    if dataset.image_size < 100:
+        return MemorySplit(dataset, rng.integers(0, 256, (4, 32, 32, 3), np.uint8), labels)
+
+    def photograph(label):
+        file = io.BytesIO()
+        image = PIL.Image.fromarray(rng.integers(0, 256, (9 + label, 12, 3), np.uint8))
+        image.resize((300, 240 + 20 * label)).save(file, "JPEG")
+        return file.getvalue(), label
+
+    files = [photograph(label) for label in labels]
+    return EncodedSplit(dataset, 4, lambda indices: [files[index] for index in indices])
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Random weights for each network, in a file."""
+    folder, made = tmp_path_factory.mktemp("teachers"), {}
+
+    def teacher(name):
+        if name not in made:
+            size = network(name).image_size
+            images = np.ones((1, size, size, 3), np.float32)
+            made[name] = folder / f"{name}.safetensors"
+            save_variables(made[name], jax.jit(create_model(name).init)(jax.random.key(0), images))
+        return str(made[name])
+
+    return teacher
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(f"{row}_w{bits}a{bits}", marks=[pytest.mark.slow] if row != "cifar10" or bits != 4 else [])
+        for row in ROWS
+        for bits in (3, 4, 5)
+    ],
+)
+def test_three_steps_and_an_evaluation(name, teachers, tmp_path, monkeypatch):
+    monkeypatch.setattr(granq_jax.train, "load_split", lambda name, *_: prepared_split(DATASETS[name]))
+    config = load_config(name)
+    config.teacher = teachers(config.network)
+    config.batch_size, config.eval_batch_size = 2, 4
+    config.epochs, config.steps_per_epoch, config.warmup_epochs = 1, 3, 0
+    result = train_and_evaluate(config, tmp_path)
+    assert (result["steps"], result["eval_examples"]) == (3, 4)
+    assert result["weight_bits"] == result["act_bits"] == int(name[-1])
+    for key in ("teacher", "student"):
+        assert 0 <= result[f"{key}_top1"] <= result[f"{key}_top5"] <= 100
+    losses = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in losses
+    assert "Infinity" not in losses
