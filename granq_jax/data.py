@@ -81,7 +81,7 @@ def _load_folder(split: str, data_dir: str) -> EncodedSplit:
         raise ValueError(f"config.data_dir: got {data_dir!r}, allowed is a directory that holds an image folder")
     if split == "train" or (root / "val").is_dir():
         root = root / {"train": "train", "test": "val"}[split]
-    classes = sorted(folder for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else []
+    classes = [folder for folder in _visible(root) if folder.is_dir()] if root.is_dir() else []
     if len(classes) != dataset.classes:
         raise ValueError(
             f"config.data_dir: {str(root)!r} holds {len(classes)} class folders, allowed are {dataset.classes}"
@@ -89,7 +89,7 @@ def _load_folder(split: str, data_dir: str) -> EncodedSplit:
     files = [
         (path, label)
         for label, folder in enumerate(classes)
-        for path in sorted(folder.iterdir())
+        for path in _visible(folder)
         if path.suffix.lower() in _IMAGE_SUFFIXES
     ]
     if not files:
@@ -100,7 +100,11 @@ def _load_folder(split: str, data_dir: str) -> EncodedSplit:
     def read(indices):
         return [(files[index][0].read_bytes(), files[index][1]) for index in indices]
 
-    return EncodedSplit(dataset, len(files), read)
+    return EncodedSplit(dataset, len(files), read, lambda index: str(files[index][0]))
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _load_tfds(name: str, split: str, data_dir: str) -> Split:
@@ -109,7 +113,10 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
     place = data_dir or "TFDS's default directory"
     remedy = (
         f"Give a directory that holds {name} prepared for TFDS as array_record with --config.data_dir=DIR, or where "
-        "there is a network let TFDS prepare it: pip install 'granq-jax[prepare]' and run again"
+        "there is a network let TFDS prepare it: pip install 'granq-jax[prepare]'"
+        + (", put ILSVRC2012_img_train.tar and _val.tar into DIR/downloads/manual" if name == "imagenet2012" else "")
+        + " and run again"
+        + (", or use --config.dataset=image_folder" if name == "imagenet2012" else "")
         + (", or train without evaluation: --config.eval=none" if split == "test" else "")
     )
     try:
@@ -127,7 +134,7 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
             return [(example["image"], int(example["label"])) for example in source.__getitems__(indices)]
 
         if name in _TFDS_SPLITS:
-            return EncodedSplit(DATASETS[name], len(source), read)
+            return EncodedSplit(DATASETS[name], len(source), read, lambda index: f"image {index} of {name}")
         encoded, labels = zip(*read(range(len(source))), strict=True)
         images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(image))) for image in encoded])
         return MemorySplit(DATASETS[name], images, np.array(labels, np.int32))

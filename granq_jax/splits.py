@@ -81,11 +81,13 @@ class EncodedSplit:
       dataset: what they are.
       size: how many there are.
       read: encoded images (JPEG, PNG, ...) and labels of a list of indices.
+      name: what an image is called in an error.
     """
 
     dataset: Dataset
     size: int
     read: Callable[[list[int]], Sequence[tuple[bytes, int]]]
+    name: Callable[[int], str]
     _pool: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode"), repr=False
     )
@@ -106,9 +108,17 @@ class EncodedSplit:
         return self._decoded(indices, crops, size)
 
     def _decoded(self, indices, crops, size) -> Batch:
+        def decoded(index, data, crop):
+            try:
+                image = PIL.Image.open(io.BytesIO(data))
+                image.info.pop("transparency", None)  # dropped by convert, which would warn of it
+                return np.asarray(crop(image.convert("RGB"), size))
+            except OSError as error:
+                raise ValueError(f"config.data_dir: {self.name(index)} cannot be decoded: {error}") from error
+
         encoded, labels = zip(*self.read(indices.tolist()), strict=True)
         # Pillow lets go of the interpreter while it decodes and resizes.
-        images = self._pool.map(lambda data, crop: np.asarray(crop(_open(data), size)), encoded, crops)
+        images = self._pool.map(decoded, indices, encoded, crops)
         return np.stack(list(images)), np.array(labels, np.int32)
 
 
@@ -187,7 +197,3 @@ class RandomCrop:
                 box = (left, top, left + width, top + height)
                 return image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box)
         return centre_crop(image, size)
-
-
-def _open(data: bytes) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(data)).convert("RGB")

@@ -31,7 +31,7 @@ def prepared_split(dataset):
         return file.getvalue(), label
 
     files = [photograph(label) for label in labels]
-    return EncodedSplit(dataset, 4, lambda indices: [files[index] for index in indices])
+    return EncodedSplit(dataset, 4, lambda indices: [files[index] for index in indices], str)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,73 @@
+import functools
+import importlib.util
+import io
+import json
 import os
+import socket
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import PIL.Image
 import pytest
 
-from granq_jax.data import DATASETS, batches, load_split
+from granq_jax.data import DATASETS, load_split
+from granq_jax.splits import EncodedSplit, centre_crop
 from tests.conftest import one_line_error
 
 PREPARED = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere")) / "tfds"
+CLASSES = 1000
+COLOUR = (200, 100, 50)
+
+
+def encoded(image, image_format, **options):
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def label_colour(label):
+    """A colour for each class, which JPEG keeps apart."""
+    return label // 100 * 25, label // 10 % 10 * 25, label % 10 * 25
+
+
+@functools.cache
+def photograph(label, image_format):
+    """An image of the class's colour, of its own size and shape."""
+    return encoded(PIL.Image.new("RGB", (16 + label % 25, 12 + label % 19), label_colour(label)), image_format)
+
+
+def in_every_mode():
+    """The same colour in the ways that files have."""
+    image = PIL.Image.new("RGB", (40, 30), COLOUR)
+    return {
+        "0.jpg": encoded(image.convert("L"), "JPEG"),
+        "1.jpeg": encoded(image.convert("CMYK"), "JPEG"),
+        "2.png": encoded(image.quantize(4), "PNG"),
+        "3.png": encoded(image.convert("RGBA"), "PNG"),
+        "4.PNG": encoded(image.convert("LA"), "PNG"),
+        "5.JPEG": encoded(image, "PNG"),  # there is one such file in ImageNet
+        "6.webp": encoded(image, "WEBP"),
+        "7.bmp": encoded(image, "BMP"),
+        "8.png": encoded(image.quantize(4), "PNG", transparency=b"\x80\xff\x00"),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of images: in val/ one a class and a stray file, in train/ a second one in every tenth class."""
+    root = tmp_path_factory.mktemp("folder")
+    names = [f"n{7 * label:05}" for label in range(CLASSES)]
+    for label in np.random.default_rng(0).permutation(CLASSES).tolist():  # not made in the order of the labels
+        for part in "val", "train":
+            place = root / part / names[label]
+            place.mkdir(parents=True)
+            (place / "b.JPEG").write_bytes(photograph(label, "JPEG"))
+            if part == "train" and label % 10 == 0:
+                (place / "a.png").write_bytes(photograph(label, "PNG"))
+    (root / "val" / names[1] / "a.txt").write_text("no image")
+    (root / "val" / "README.jpg").write_bytes(photograph(0, "JPEG"))
+    return root
 
 
 def test_digits_are_split_without_overlap_and_evenly():
@@ -16,17 +76,6 @@ def test_digits_are_split_without_overlap_and_evenly():
     assert np.ptp(np.bincount(test.labels)) <= 3
     seen = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in seen for image in test.images) == 0
-
-
-def test_the_last_batch_is_filled_with_images_of_weight_zero():
-    split = load_split("digits", "test")
-    parts = list(batches(split, 100))
-    assert [weights.sum() for _, _, weights in parts] == [100, 100, 100, 60]
-    images = np.concatenate([images for images, _, _ in parts])
-    assert images.shape == (400, 8, 8, 1)
-    assert images.dtype == np.float32
-    np.testing.assert_array_equal(images[:360], split.dataset.normalise(split.images))
-    np.testing.assert_array_equal(images[360:], np.repeat(images[300:301], 40, axis=0))
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -38,6 +87,67 @@ def test_normalisation(name):
     np.testing.assert_allclose(dataset.normalise(raw)[0, 0, 0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("below", "split", "twice"),
+    [("", "test", False), ("val", "test", False), ("", "train", True)],
+    ids=["val", "directly below data_dir", "train"],
+)
+def test_labels_of_an_image_folder_follow_the_order_of_its_classes(folder, below, split, twice):
+    loaded = load_split("image_folder", split, os.fspath(folder / below))
+    expected = [label for label in range(CLASSES) for _ in range(2 if twice and label % 10 == 0 else 1)]
+    assert len(loaded) == len(expected)
+    assert [label for _, label in loaded.read(list(range(len(loaded))))] == expected
+    indices = np.arange(len(expected))[::-37]
+    images, labels = loaded.examples(indices)
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [expected[index] for index in indices]
+    assert images.shape == (len(indices), 224, 224, 3)
+    colours = np.array([label_colour(label) for label in labels])
+    assert np.abs(images - colours[:, None, None]).max() <= 5
+
+
+def test_images_of_any_mode_come_out_in_colour(tmp_path):
+    for label in range(CLASSES):
+        (tmp_path / f"{label:04}").mkdir()
+    files = in_every_mode()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "0005" / "._0.jpg").write_bytes(b"what some systems leave beside a file")
+    for name, data in files.items():
+        (tmp_path / "0005" / name).write_bytes(data)
+    images, labels = load_split("image_folder", "test", os.fspath(tmp_path)).examples(np.arange(len(files)))
+    assert labels.tolist() == [5] * len(files)
+    assert images.shape == (len(files), 224, 224, 3)
+    assert images.dtype == np.uint8
+    luma = round(np.dot((0.299, 0.587, 0.114), COLOUR))
+    expected = np.array([(luma,) * 3 if name in ("0.jpg", "4.PNG") else COLOUR for name in files])
+    assert np.abs(images - expected[:, None, None]).max() <= 5
+
+
+@pytest.mark.parametrize(
+    ("classes", "below", "split", "words"),
+    [
+        (0, None, "test", ["''"]),
+        (0, "nowhere", "test", ["allowed is a directory"]),
+        (0, "file", "test", ["allowed is a directory"]),
+        (0, "", "test", ["holds 0 class folders", "1000"]),
+        (0, "", "train", ["train", "holds 0 class folders", "1000"]),
+        (999, "", "test", ["holds 999 class folders", "1000"]),
+        (1001, "", "test", ["holds 1001 class folders", "1000"]),
+        (1000, "", "test", ["no image", ".jpeg", ".png"]),
+    ],
+    ids=["no name", "missing", "a file", "empty", "no train", "too few", "too many", "no images"],
+)
+def test_what_is_no_image_folder_is_refused(tmp_path, classes, below, split, words):
+    (tmp_path / "file").write_text("no folder")
+    for label in range(classes):
+        (tmp_path / f"{label:04}").mkdir()
+    if classes:
+        (tmp_path / "0000" / "notes.txt").write_text("no image")
+    data_dir = "" if below is None else os.fspath(tmp_path / below)
+    with one_line_error(ValueError, "config.data_dir", data_dir, *words):
+        load_split("image_folder", split, data_dir)
+
+
 @pytest.mark.skipif(not PREPARED.exists(), reason="needs CIFAR-10 for TFDS in $GRANQ_JAX_TEST_DATA/tfds")
 def test_cifar10_is_read_from_tfds():
     split = load_split("cifar10", "test", os.fspath(PREPARED))
@@ -46,14 +156,98 @@ def test_cifar10_is_read_from_tfds():
     assert np.bincount(split.labels).tolist() == [1000] * 10
 
 
-def test_a_missing_data_set_says_what_to_do(tmp_path, monkeypatch):
-    import importlib.util
-
+@pytest.fixture
+def alone(monkeypatch):
+    """Neither TensorFlow nor, as the mock that is returned tells, the network."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name))
+    network = mock.Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(socket, "getaddrinfo", network)
+    return network
+
+
+def feature(kind, **attributes):
+    return {"pythonClassName": f"tensorflow_datasets.core.features.{kind}", **attributes}
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """The directory, and the images and labels, of three photographs prepared for TFDS in two files."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    random = np.random.default_rng(0)
+    sizes = [(260, 230), (225, 300), (64, 64)]
+    photographs = [
+        encoded(PIL.Image.fromarray(random.integers(0, 256, (*size[::-1], 3), np.uint8)), "JPEG") for size in sizes
+    ]
+    labels, shards = [999, 0, 7], [2, 1]
+    examples = []
+    for name, (photo, label) in enumerate(zip(photographs, labels, strict=True)):
+        example = tf_example_pb2.Example()
+        example.features.feature["file_name"].bytes_list.value.append(f"{name}.JPEG".encode())
+        example.features.feature["image"].bytes_list.value.append(photo)
+        example.features.feature["label"].int64_list.value.append(label)
+        examples.append(example.SerializeToString())
+
+    root = tmp_path_factory.mktemp("tfds")
+    place = root / "imagenet2012" / "5.1.0"
+    place.mkdir(parents=True)
+    left = iter(examples)
+    for shard, length in enumerate(shards):
+        path = place / f"imagenet2012-validation.array_record-{shard:05}-of-{len(shards):05}"
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+        for _ in range(length):
+            writer.write(next(left))
+        writer.close()
+    image = {"dtype": "uint8", "encodingFormat": "jpeg", "shape": {"dimensions": ["-1", "-1", "3"]}}
+    features = {
+        "file_name": feature("text_feature.Text", text={}),
+        "image": feature("image_feature.Image", image=image),
+        "label": feature("class_label_feature.ClassLabel", classLabel={"numClasses": "1000"}),
+    }
+    described = feature("features_dict.FeaturesDict", featuresDict={"features": features})
+    (place / "features.json").write_text(json.dumps(described))
+    info = {
+        "fileFormat": "array_record",
+        "name": "imagenet2012",
+        "splits": [
+            {
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "name": "validation",
+                "numBytes": str(sum(map(len, examples))),
+                "shardLengths": [str(length) for length in shards],
+            }
+        ],
+        "version": "5.1.0",
+    }
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    return os.fspath(root), photographs, labels
+
+
+def test_the_validation_images_of_imagenet_are_read_from_tfds(imagenet, alone):
+    data_dir, photographs, labels = imagenet
+    split = load_split("imagenet2012", "test", data_dir)
+    assert isinstance(split, EncodedSplit)
+    assert len(split) == 3
+    images, read_labels = split.examples(np.array([2, 0, 1]))
+    assert read_labels.dtype == np.int32
+    assert read_labels.tolist() == [labels[2], labels[0], labels[1]]
+    for image, photo in zip(images, [photographs[2], photographs[0], photographs[1]], strict=True):
+        np.testing.assert_array_equal(image, centre_crop(PIL.Image.open(io.BytesIO(photo)), 224))
+    alone.assert_not_called()
+
+
+def test_a_split_that_was_not_prepared_is_named_and_so_are_those_that_were(imagenet):
+    data_dir, _, _ = imagenet
+    with one_line_error(ValueError, "config.data_dir", "imagenet2012", data_dir, "no split 'train', only validation."):
+        load_split("imagenet2012", "train", data_dir)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])
+def test_a_missing_data_set_says_what_to_do(tmp_path, alone, name):
     place = tmp_path / "data"
-    with one_line_error(
-        ValueError, "config.data_dir", str(place), "cifar10", "granq-jax[prepare]", "--config.eval=none"
-    ):
-        load_split("cifar10", "test", str(place))
+    with one_line_error(ValueError, "config.data_dir", str(place), name, "granq-jax[prepare]", "--config.eval=none"):
+        load_split(name, "test", str(place))
     assert not place.exists()
+    alone.assert_not_called()
