@@ -72,11 +72,9 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
         :func:`granq_jax.load_torch` do.
     """
     check_teacher(config)
-    trained = workdir / TRAINED_TEACHER
-    if config.teacher == TRAIN_A_TEACHER and not trained.exists():
-        variables, _ = run_training(config, workdir)
-    elif config.teacher == TRAIN_A_TEACHER:
-        variables = load_torch(config.network, trained)
+    if config.teacher == TRAIN_A_TEACHER:
+        trained = workdir / TRAINED_TEACHER
+        variables = load_torch(config.network, trained) if trained.exists() else run_training(config, workdir)[0]
     elif config.teacher == BUNDLED:
         variables = load_torch(config.network, _BUNDLE / f"{config.network}.safetensors")
     elif config.teacher in zoo.CHECKPOINTS:

@@ -1,11 +1,13 @@
-"""Real images and a real teacher: the released code's accuracies before training, nothing random in them."""
+"""Real images and real teachers; the released code's accuracies before training have nothing random in them."""
 
 import os
+import re
 from pathlib import Path
 
 import jax
 import pytest
 
+import granq_jax.teachers
 from granq_jax import Generator, QuantSpec, Trainer, create_model, load_torch
 from granq_jax.data import load_split
 from granq_jax.evaluate import float_accuracy, student_accuracy
@@ -28,6 +30,16 @@ def test_teacher(real):
     variables, split = real
     evaluate = float_accuracy(create_model(NAME), split, 200, jax.local_devices())
     assert evaluate(variables).top1 == pytest.approx(89.54, abs=0.02)
+
+
+def test_the_bundled_teacher_is_as_accurate_as_its_card_says(real):
+    _, split = real
+    bundled = Path(granq_jax.teachers.__file__).parent / "bundled"
+    (claimed,) = re.findall(r"top-1 ([\d.]+) %", (bundled / "README.md").read_text())
+    evaluate = float_accuracy(create_model(NAME), split, 200, jax.local_devices())
+    accuracy = evaluate(load_torch(NAME, bundled / f"{NAME}.safetensors"))
+    assert accuracy.top1 == pytest.approx(float(claimed), abs=0.02)
+    assert accuracy.top1 >= 91.5
 
 
 @pytest.mark.parametrize(("granularity", "released"), [("kernel", 86.85), ("out_channel", 82.27)])

@@ -83,10 +83,10 @@ def test_a_teacher_is_evaluated_alone(trained, tmp_path):
         evaluate_run(tiny_config(), tmp_path)
 
 
-def test_the_bundled_teacher():
+def test_the_bundled_teacher(tmp_path):
     config = load_config("cifar10_w3a3")
     assert config.teacher == "bundled"
-    teacher = flatten_dict(load_teacher(config, workdir=None))
+    teacher = flatten_dict(load_teacher(config, tmp_path))
     shapes = flatten_dict(jax.eval_shape(create_model(config.network).init, jax.random.key(0), np.ones((1, 32, 32, 3))))
     assert {path: leaf.shape for path, leaf in teacher.items()} == {path: leaf.shape for path, leaf in shapes.items()}
     assert {leaf.dtype for leaf in teacher.values()} == {np.dtype("float32")}
