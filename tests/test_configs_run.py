@@ -50,14 +50,8 @@ def teachers(tmp_path_factory):
     return teacher
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(f"{row}_w{bits}a{bits}", marks=[pytest.mark.slow] if row != "cifar10" or bits != 4 else [])
-        for row in ROWS
-        for bits in (3, 4, 5)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"{row}_w{bits}a{bits}" for row in ROWS for bits in (3, 4, 5)])
 def test_three_steps_and_an_evaluation(name, teachers, tmp_path, monkeypatch):
     monkeypatch.setattr(granq_jax.train, "load_split", lambda name, *_: prepared_split(DATASETS[name]))
     config = load_config(name)

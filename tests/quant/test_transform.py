@@ -21,7 +21,7 @@ PARAMETERS = {  # as published for the public checkpoints
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in ("resnet50", "mobilenetv2_w1") else []) for n in PARAMETERS],
+    [pytest.param(n, marks=[] if "cifar" in n else [pytest.mark.slow]) for n in PARAMETERS],
 )
 def test_golden_logits(x64, name):
     golden = CIFAR if "cifar" in name else IMAGENET
