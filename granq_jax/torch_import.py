@@ -69,7 +69,6 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
     given = {key: value for key, value in tensors.items() if not key.endswith(_IGNORED)}
     zoo, names = _recognise(name, wanted, given)
     in_flax_names = zoo == _OWN_NAMES
-    logger.info("teacher: %s in %s names", name, zoo if in_flax_names else f"{zoo}'s")
     problems = []
     if missing := sorted(set(names.values()) - set(given)):
         problems.append(f"missing {', '.join(missing)}")
@@ -89,6 +88,7 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
             variables[path] = jnp.asarray(value if in_flax_names else _to_flax_layout(value))
     if problems:
         raise ValueError(f"teacher: the tensors do not fit {name}: {'; '.join(problems)}")
+    logger.info("teacher: %s in %s names", name, zoo if in_flax_names else f"{zoo}'s")
     return flax.traverse_util.unflatten_dict(variables)
 
 
