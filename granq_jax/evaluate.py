@@ -134,7 +134,8 @@ def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Se
     shape = sample_index(batch_size, devices, "eval_batch_size").shape
 
     def correct(variables, images, labels, weights):
-        _, likeliest = jax.lax.top_k(apply(variables, images), 5)
+        logits = apply(variables, images)
+        _, likeliest = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = likeliest == labels[:, None]
         counts = [jnp.sum(hits[:, :k].any(axis=1) * weights) for k in (1, 5)]
         return jax.lax.psum(jnp.stack(counts), AXIS)
@@ -143,12 +144,11 @@ def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Se
 
     def evaluate(variables):
         variables = place(variables, devices)
-        counts = [
-            mapped(variables, *place([a.reshape(*shape, *a.shape[1:]) for a in batch], devices, split=True))
-            for batch in batches(split, batch_size)
-        ]
-        # A batch's counts are whole numbers that float32 holds exactly; their sum may not be.
-        totals = np.asarray(jax.device_get(counts), np.float64).sum(axis=0)
+        totals = np.zeros(2)  # a batch's counts are whole numbers that float32 holds exactly; their sum may not be
+        for batch in batches(split, batch_size):
+            parts = place([a.reshape(*shape, *a.shape[1:]) for a in batch], devices, split=True)
+            # Read at once, so that batches do not pile up on the device; the next one is decoded meanwhile.
+            totals += jax.device_get(mapped(variables, *parts))
         return Accuracy(*(100.0 * float(total) / len(split) for total in totals))
 
     return evaluate
