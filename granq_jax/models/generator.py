@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from granq_jax.models.convolution import convolve
 from granq_jax.models.layers import batch_moments
 
 
@@ -97,7 +98,7 @@ def phase_conv(x: jax.Array, kernel: jax.Array, row: int, column: int) -> jax.Ar
     first, second, third = rows.swapaxes(0, 1)
     taps = jnp.stack([first, second + third] if column == 0 else [first + second, third], axis=1)
     padding = [(1 - row, row), (1 - column, column)]
-    return jax.lax.conv_general_dilated(x, taps, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return convolve(x, taps, (1, 1), padding)
 
 
 class Generator(nn.Module):
@@ -169,6 +170,7 @@ class Generator(nn.Module):
             kernel_init=_uniform_fan_in,
             bias_init=_uniform_bias(9 * 64),
             param_dtype=z.dtype,
+            conv_general_dilated=convolve,
             name="conv3",
         )(x)
         return BatchStatsNorm(1e-5, affine=False, axis_name=self.axis_name, name="norm3")(jnp.tanh(x), labels)

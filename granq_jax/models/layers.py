@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from granq_jax.models.convolution import convolve
+
 ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}
 
 
@@ -68,7 +70,14 @@ class ConvNormAct(nn.Module):
         size, pad = (self.kernel_size,) * 2, self.kernel_size // 2
         groups = self.features if self.depthwise else 1
         conv = nn.Conv(
-            self.features, size, self.strides, padding=pad, feature_group_count=groups, use_bias=False, name="conv"
+            self.features,
+            size,
+            self.strides,
+            padding=pad,
+            feature_group_count=groups,
+            use_bias=False,
+            conv_general_dilated=convolve,
+            name="conv",
         )
         x = conv(x)
         return NormAct(self.activation, name="norm")(x, residual, train=train)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from granq_jax.models.convolution import convolve
 from granq_jax.models.layers import ConvNormAct
 
 
@@ -68,7 +69,8 @@ class MobileNetV2(nn.Module):
             x = Stage(widths, strides, expansion, name=f"stage{i + 1}")(x, train=train)
         x = ConvNormAct(1280, 1, activation="relu6", name="final")(x, train=train)
         x = jnp.mean(x, axis=(1, 2), keepdims=True)
-        return nn.Conv(self.classes, (1, 1), use_bias=False, name="head")(x).reshape(x.shape[0], self.classes)
+        head = nn.Conv(self.classes, (1, 1), use_bias=False, conv_general_dilated=convolve, name="head")
+        return head(x).reshape(x.shape[0], self.classes)
 
 
 # Stages begin where the image is halved.

@@ -1,0 +1,157 @@
+"""``convolve``: ``lax.conv_general_dilated`` with forms and gradients that are fast on CPUs too.
+
+XLA for CPUs computes a convolution well where its operands fit in the cache and it has many output
+channels, and several times more slowly where not, most of all the gradient to the kernel. Each form
+here is the same sum in another order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+# What a part of the batch may take so that it stays in the cache while its share of the kernel's
+# gradient is computed.
+_PART_BYTES = 2**19
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    *,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+) -> jax.Array:
+    """Convolves ``x`` (N, H, W, C) with ``kernel`` (height, width, C / groups, features).
+
+    Takes and returns what :func:`jax.lax.conv_general_dilated` does, channels last, so that it can be
+    the ``conv_general_dilated`` of a ``flax.linen.Conv``. It has gradients in reverse mode only.
+
+    - A 1x1 kernel is a matrix product.
+    - On CPUs, a convolution to few channels is a matrix product with all taps of the kernel side by
+      side, and a sum of its parts, each shifted.
+    - On CPUs, the gradient to the kernel is the sum of those of small parts of the batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), (1, 1), "VALID")[0, :, :, 0].tolist()
+      [[18.0, 18.0], [18.0, 18.0]]
+    """
+    plain = {
+        "dimension_numbers": _NHWC if dimension_numbers is None else dimension_numbers,
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": rhs_dilation,
+        "feature_group_count": feature_group_count,
+        "precision": precision,
+    }
+    dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    if x.ndim != 4 or dilated or feature_group_count != 1 or precision is not None:
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **plain)
+    strides, window = tuple(window_strides), kernel.shape[:2]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    if window == (1, 1) and not any(itertools.chain(*padding)):
+        return jnp.einsum("nhwc,cf->nhwf", x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+    return _convolve(x, kernel, strides, padding)
+
+
+def _plain(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_NHWC)
+
+
+def _plain_to_kernel(x, cotangent, strides, padding, window):
+    kernel = jax.ShapeDtypeStruct((*window, x.shape[-1], cotangent.shape[-1]), x.dtype)
+    return jax.linear_transpose(lambda kernel: _plain(x, kernel, strides, padding), kernel)(cotangent)[0]
+
+
+def _is_narrow(kernel_shape, strides):
+    """Whether a matrix product with all taps has no more output channels than input channels."""
+    height, width, channels, features = kernel_shape
+    return strides == (1, 1) and height * width * features <= channels
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x, kernel, strides, padding):
+    plain = partial(_plain, strides=strides, padding=padding)
+    if not _is_narrow(kernel.shape, strides):
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=partial(_sum_of_shifted, padding=padding), default=plain)
+
+
+def _forward(x, kernel, strides, padding):
+    return _convolve(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, residuals, cotangent):
+    x, kernel = residuals
+    window = kernel.shape[:2]
+
+    def plain(x, kernel, cotangent):
+        (to_x,) = jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)(cotangent)
+        return to_x, _plain_to_kernel(x, cotangent, strides, padding, window)
+
+    def narrow(x, kernel, cotangent):
+        return _narrow_gradients(x, kernel, cotangent, padding)
+
+    def in_parts(x, kernel, cotangent):
+        (to_x,) = jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)(cotangent)
+        size = _part_size(x, kernel, cotangent)
+        parts = [slice(start, start + size) for start in range(0, len(x), size)]
+        return to_x, sum(_plain_to_kernel(x[part], cotangent[part], strides, padding, window) for part in parts)
+
+    for_cpu = narrow if _is_narrow(kernel.shape, strides) else in_parts
+    return lax.platform_dependent(x, kernel, cotangent, cpu=for_cpu, default=plain)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _part_size(x, kernel, cotangent):
+    """Samples in a part: no fewer than pay for adding up another gradient of the kernel's size."""
+    sample = max(x.nbytes, cotangent.nbytes) // len(x)
+    size = -(-max(_PART_BYTES, kernel.nbytes) // sample)
+    return len(x) if len(x) <= 2 * size else size
+
+
+def _sum_of_shifted(x, kernel, padding):
+    """The convolution as ``x`` times all taps, added up where they belong."""
+    n, height, width, channels = x.shape
+    rows, columns, _, features = kernel.shape
+    taps = x.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+    taps = jnp.pad(taps.reshape(n, height, width, -1), ((0, 0), *padding, (0, 0)))
+    out = [height + sum(padding[0]) - rows + 1, width + sum(padding[1]) - columns + 1]
+    return sum(
+        taps[:, i : i + out[0], j : j + out[1], features * (columns * i + j) :][..., :features]
+        for i, j in itertools.product(range(rows), range(columns))
+    )
+
+
+def _narrow_gradients(x, kernel, cotangent, padding):
+    """The gradients of :func:`_sum_of_shifted`, with the cotangents of all taps side by side."""
+    n, height, width, channels = x.shape
+    rows, columns, _, features = kernel.shape
+    # Tap (i, j) met the pixel (a, b) of x for the output pixel (a + top - i, b + left - j).
+    (top, bottom), (left, right) = padding
+    around = [(rows - 1 - top, rows - 1 - bottom), (columns - 1 - left, columns - 1 - right)]
+    wide = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), ((0, 0, 0), *((*a, 0) for a in around), (0, 0, 0)))
+    shifted = [
+        wide[:, rows - 1 - i : rows - 1 - i + height, columns - 1 - j : columns - 1 - j + width]
+        for i, j in itertools.product(range(rows), range(columns))
+    ]
+    of_taps = jnp.concatenate(shifted, axis=-1).reshape(n * height * width, -1)
+    to_kernel = (x.reshape(-1, channels).T @ of_taps).reshape(channels, rows, columns, features)
+    to_x = of_taps @ kernel.transpose(0, 1, 3, 2).reshape(-1, channels)
+    return to_x.reshape(x.shape), to_kernel.transpose(1, 2, 0, 3)

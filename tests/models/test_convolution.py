@@ -1,0 +1,63 @@
+"""Every form of ``convolve`` against ``lax.conv_general_dilated``: values and gradients in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from granq_jax.models.convolution import convolve
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+CASES = {
+    "1x1": ((5, 6, 7, 4), (1, 1, 4, 3), (1, 1), "VALID"),
+    "1x1, strides over an odd image": ((5, 7, 5, 4), (1, 1, 4, 3), (2, 2), ((0, 0), (0, 0))),
+    "1x1, padded": ((2, 4, 4, 3), (1, 1, 3, 2), (1, 1), ((1, 1), (1, 1))),
+    "same": ((3, 7, 9, 4), (3, 3, 4, 5), (1, 1), "SAME"),
+    "strides": ((3, 9, 7, 4), (3, 3, 4, 5), (2, 2), ((1, 1), (1, 1))),
+    "parts that do not divide the batch": ((37, 32, 33, 24), (3, 3, 24, 16), (1, 1), ((1, 1), (1, 1))),
+    "parts with strides": ((23, 31, 33, 24), (7, 7, 24, 8), (2, 2), ((3, 3), (3, 3))),
+    "parts, even kernel, lopsided": ((21, 16, 17, 64), (2, 2, 64, 32), (1, 1), ((1, 0), (0, 1))),
+    "narrow": ((3, 7, 5, 20), (3, 3, 20, 2), (1, 1), ((1, 1), (1, 1))),
+    "narrow, lopsided": ((3, 7, 5, 40), (2, 3, 40, 3), (1, 1), ((1, 0), (0, 2))),
+    "narrow, valid": ((3, 7, 5, 40), (3, 2, 40, 3), (1, 1), "VALID"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_plain_convolution(case, x64):
+    shape, kernel_shape, strides, padding = CASES[case]
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s)) for s in (shape, kernel_shape))
+    plain, pull_plain = jax.vjp(
+        lambda x, kernel: lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC), x, kernel
+    )
+    ours, pull = jax.vjp(lambda x, kernel: convolve(x, kernel, strides, padding), x, kernel)
+    np.testing.assert_allclose(ours, plain, rtol=1e-10, atol=1e-10)
+    cotangent = jnp.asarray(rng.normal(size=plain.shape))
+    for got, expected in zip(pull(cotangent), pull_plain(cotangent), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel_shape"),
+    [
+        ({"feature_group_count": 4}, (3, 3, 1, 8)),
+        ({"rhs_dilation": (2, 2)}, (3, 3, 4, 8)),
+        ({"lhs_dilation": (2, 1)}, (3, 3, 4, 8)),
+        ({"precision": lax.Precision.HIGHEST}, (3, 3, 4, 8)),
+    ],
+)
+def test_what_has_no_form_of_its_own_is_the_plain_convolution(options, kernel_shape):
+    x, kernel, padding = jnp.ones((2, 6, 6, 4)), jnp.ones(kernel_shape), ((1, 1), (1, 1))
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NHWC, **options)
+    np.testing.assert_array_equal(convolve(x, kernel, (1, 1), padding, **options), expected)
+
+
+def test_the_forms_for_cpus_are_not_in_a_program_for_a_gpu():
+    x, kernel = jnp.ones((40, 32, 32, 27)), jnp.ones((3, 3, 27, 3))
+    gradients = jax.jit(jax.grad(lambda x, kernel: convolve(x, kernel, (1, 1), "SAME").sum(), argnums=(0, 1)))
+    for_gpu = gradients.trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+    for_cpu = gradients.trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text()
+    assert for_gpu.count("stablehlo.convolution") == 2
+    assert for_cpu.count("stablehlo.convolution") == 0
