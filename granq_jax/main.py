@@ -1,6 +1,7 @@
 """The command line.
 
-``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--config.KEY=VALUE ...]``
+``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--subject SUBJECT]
+[--compilation-cache DIR] [--config.KEY=VALUE ...]``
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import SUBJECTS, evaluate_run
 from granq_jax.train import train_and_evaluate
@@ -37,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--subject", choices=SUBJECTS, help="what is evaluated; by default the student, if there is one"
     )
+    parser.add_argument(
+        "--compilation-cache",
+        default="",
+        metavar="DIR",
+        help="where compiled programs are kept for later runs, or 'off'; by default in the user's cache",
+    )
     options, overrides = parser.parse_known_args(argv)  # exits with 2 if they are wrong
     logging.basicConfig(format="%(message)s")
     logging.getLogger("granq_jax").setLevel(logging.INFO)
@@ -45,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
         if options.config is None and (options.mode != "evaluate" or options.workdir is None):
             raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
+        use_compilation_cache(options.compilation_cache)
         suffix = "_teacher" if options.mode == "train_teacher" else ""
         workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
         saved = workdir / "config.json"

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from granq_jax import main as command
@@ -51,6 +52,7 @@ def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):
         (["--config=digits_w3a3", "--steps=9"], ["steps"]),
         (["--config=digits_w3a3", "9"], ["arguments", "9"]),
         (["--config=digits_w3a3", "--subject=both"], ["--subject", "'both'", "--mode=evaluate"]),
+        (["--config=digits_w3a3", "--compilation-cache=/dev/null/a"], ["--compilation-cache", "/dev/null/a", "off"]),
         (["--mode=evaluate", "--workdir=nowhere"], ["--workdir", "'nowhere'"]),
         (["--mode=evaluate", "--config=digits_w3a3", "--workdir=nowhere"], ["config.teacher", "'nowhere'"]),
     ],
@@ -71,3 +73,43 @@ def test_the_command_itself_exits_with_2(tmp_path):
     assert finished.returncode == 2
     assert "Traceback" not in finished.stderr
     assert "--mode" in finished.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def cache_settings():
+    """Puts JAX's settings back after the test."""
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
+        "jax_persistent_cache_min_compile_time_secs",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_where_asked(calls, cache_settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    told = jax.config.jax_compilation_cache_dir
+    assert main(["--config=digits_w3a3"]) == 0
+    assert jax.config.jax_compilation_cache_dir == told  # what JAX was told stays
+
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert main(["--config=digits_w3a3"]) == 0
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "user" / "granq-jax" / "compiled")
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config=digits_w3a3", "--compilation-cache=here"]) == 0
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "here")
+
+    assert main(["--config=digits_w3a3", "--compilation-cache=off"]) == 0
+    assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_cache_that_cannot_be_made_is_done_without(calls, cache_settings, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert main(["--config=digits_w3a3"]) == 0
+    assert jax.config.jax_compilation_cache_dir is None
