@@ -31,7 +31,7 @@ def use_compilation_cache(directory: str = "") -> None:
     if directory == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if not directory and jax.config.jax_compilation_cache_dir:
+    if not directory and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     path = Path(directory).absolute() if directory else platformdirs.user_cache_path("granq-jax") / "compiled"
     if not _is_writable(path):

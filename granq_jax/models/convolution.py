@@ -20,6 +20,8 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 # What a part of the batch may take so that it stays in the cache while its share of the kernel's
 # gradient is computed.
 _PART_BYTES = 2**19
+# As many float32 as the widest registers of a CPU hold: with no more output channels they are not kept busy.
+_FEW_CHANNELS = 16
 
 
 def convolve(
@@ -40,8 +42,10 @@ def convolve(
     the ``conv_general_dilated`` of a ``flax.linen.Conv``. It has gradients in reverse mode only.
 
     - A 1x1 kernel is a matrix product.
-    - On CPUs, a convolution to few channels is a matrix product with all taps of the kernel side by
-      side, and a sum of its parts, each shifted.
+    - On CPUs, a convolution between few channels computes several neighbouring columns at once, as
+      the channels of one: more multiplications, at a better rate.
+    - On CPUs, a convolution from many channels to few is a matrix product with all taps of the kernel
+      side by side, and a sum of its parts, each shifted.
     - On CPUs, the gradient to the kernel is the sum of those of small parts of the batch.
 
     Example:
@@ -83,12 +87,26 @@ def _is_narrow(kernel_shape, strides):
     return strides == (1, 1) and height * width * features <= channels
 
 
+def _columns_at_once(width, kernel_shape, strides, padding):
+    """How many neighbouring output columns are worth computing as channels of one."""
+    _, taps, channels, features = kernel_shape
+    if strides != (1, 1) or taps == 1 or max(channels, features) > _FEW_CHANNELS:
+        return 1
+    columns = 4 if min(channels, features) < _FEW_CHANNELS // 2 else 2
+    return 1 if (width + sum(padding) - taps + 1) % columns else columns
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x, kernel, strides, padding):
     plain = partial(_plain, strides=strides, padding=padding)
-    if not _is_narrow(kernel.shape, strides):
+    columns = _columns_at_once(x.shape[2], kernel.shape, strides, padding[1])
+    if columns > 1:
+        for_cpu = partial(_in_columns, columns=columns, padding=padding)
+    elif _is_narrow(kernel.shape, strides):
+        for_cpu = partial(_sum_of_shifted, padding=padding)
+    else:
         return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=partial(_sum_of_shifted, padding=padding), default=plain)
+    return lax.platform_dependent(x, kernel, cpu=for_cpu, default=plain)
 
 
 def _forward(x, kernel, strides, padding):
@@ -99,15 +117,19 @@ def _backward(strides, padding, residuals, cotangent):
     x, kernel = residuals
     window = kernel.shape[:2]
 
+    def plain_to_x(kernel, cotangent):
+        return jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)(cotangent)[0]
+
     def plain(x, kernel, cotangent):
-        (to_x,) = jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)(cotangent)
-        return to_x, _plain_to_kernel(x, cotangent, strides, padding, window)
+        return plain_to_x(kernel, cotangent), _plain_to_kernel(x, cotangent, strides, padding, window)
 
     def narrow(x, kernel, cotangent):
         return _narrow_gradients(x, kernel, cotangent, padding)
 
     def in_parts(x, kernel, cotangent):
-        (to_x,) = jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)(cotangent)
+        turned, around = kernel[::-1, ::-1].swapaxes(2, 3), _around(window, padding)
+        columns = _columns_at_once(cotangent.shape[2], turned.shape, strides, around[1])
+        to_x = _in_columns(cotangent, turned, around, columns) if columns > 1 else plain_to_x(kernel, cotangent)
         size = _part_size(x, kernel, cotangent)
         parts = [slice(start, start + size) for start in range(0, len(x), size)]
         return to_x, sum(_plain_to_kernel(x[part], cotangent[part], strides, padding, window) for part in parts)
@@ -117,6 +139,20 @@ def _backward(strides, padding, residuals, cotangent):
 
 
 _convolve.defvjp(_forward, _backward)
+
+
+def _around(window, padding):
+    """The padding of a cotangent with which its convolution with the turned kernel is the gradient to ``x``."""
+    # Tap i met the pixel a of x for the output pixel a + low - i.
+    return [(taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(window, padding, strict=True)]
+
+
+def _in_columns(x, kernel, padding, columns):
+    """The convolution with ``columns`` columns at a time, each a shifted copy of ``kernel``'s features."""
+    shifts = [((0, 0), (shift, columns - 1 - shift), (0, 0), (0, 0)) for shift in range(columns)]
+    wide = jnp.concatenate([jnp.pad(kernel, shift) for shift in shifts], axis=-1)
+    y = _plain(x, wide, (1, columns), padding)
+    return y.reshape(*y.shape[:2], -1, kernel.shape[-1])
 
 
 def _part_size(x, kernel, cotangent):
@@ -143,10 +179,8 @@ def _narrow_gradients(x, kernel, cotangent, padding):
     """The gradients of :func:`_sum_of_shifted`, with the cotangents of all taps side by side."""
     n, height, width, channels = x.shape
     rows, columns, _, features = kernel.shape
-    # Tap (i, j) met the pixel (a, b) of x for the output pixel (a + top - i, b + left - j).
-    (top, bottom), (left, right) = padding
-    around = [(rows - 1 - top, rows - 1 - bottom), (columns - 1 - left, columns - 1 - right)]
-    wide = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), ((0, 0, 0), *((*a, 0) for a in around), (0, 0, 0)))
+    around = [(*pads, 0) for pads in _around((rows, columns), padding)]
+    wide = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), ((0, 0, 0), *around, (0, 0, 0)))
     shifted = [
         wide[:, rows - 1 - i : rows - 1 - i + height, columns - 1 - j : columns - 1 - j + width]
         for i, j in itertools.product(range(rows), range(columns))

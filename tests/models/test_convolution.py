@@ -18,6 +18,13 @@ CASES = {
     "parts that do not divide the batch": ((37, 32, 33, 24), (3, 3, 24, 16), (1, 1), ((1, 1), (1, 1))),
     "parts with strides": ((23, 31, 33, 24), (7, 7, 24, 8), (2, 2), ((3, 3), (3, 3))),
     "parts, even kernel, lopsided": ((21, 16, 17, 64), (2, 2, 64, 32), (1, 1), ((1, 0), (0, 1))),
+    "few channels": ((3, 7, 8, 16), (3, 3, 16, 16), (1, 1), ((1, 1), (1, 1))),
+    "few channels, odd width": ((3, 6, 7, 9), (3, 3, 9, 12), (1, 1), "SAME"),
+    "few channels, odd width out of an even one": ((3, 6, 8, 9), (3, 4, 9, 12), (1, 1), "VALID"),
+    "few channels, lopsided": ((3, 5, 6, 8), (2, 3, 8, 9), (1, 1), ((1, 0), (3, 1))),
+    "few channels, padded beyond the kernel": ((2, 4, 6, 8), (3, 3, 8, 8), (1, 1), ((3, 0), (4, 2))),
+    "very few channels": ((3, 5, 8, 3), (3, 3, 3, 16), (1, 1), ((1, 1), (1, 1))),
+    "very few channels, valid": ((3, 5, 10, 16), (3, 3, 16, 3), (1, 1), "VALID"),
     "narrow": ((3, 7, 5, 20), (3, 3, 20, 2), (1, 1), ((1, 1), (1, 1))),
     "narrow, lopsided": ((3, 7, 5, 40), (2, 3, 40, 3), (1, 1), ((1, 0), (0, 2))),
     "narrow, valid": ((3, 7, 5, 40), (3, 2, 40, 3), (1, 1), "VALID"),
@@ -54,10 +61,13 @@ def test_what_has_no_form_of_its_own_is_the_plain_convolution(options, kernel_sh
     np.testing.assert_array_equal(convolve(x, kernel, (1, 1), padding, **options), expected)
 
 
-def test_the_forms_for_cpus_are_not_in_a_program_for_a_gpu():
-    x, kernel = jnp.ones((40, 32, 32, 27)), jnp.ones((3, 3, 27, 3))
+@pytest.mark.parametrize(("channels", "on_cpu"), [(27, 0), (16, 2)])
+def test_the_forms_for_cpus_are_not_in_a_program_for_a_gpu(channels, on_cpu):
+    x, kernel = jnp.ones((4, 32, 32, channels)), jnp.ones((3, 3, channels, 3))
     gradients = jax.jit(jax.grad(lambda x, kernel: convolve(x, kernel, (1, 1), "SAME").sum(), argnums=(0, 1)))
     for_gpu = gradients.trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
     for_cpu = gradients.trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text()
     assert for_gpu.count("stablehlo.convolution") == 2
-    assert for_cpu.count("stablehlo.convolution") == 0
+    assert for_cpu.count("stablehlo.convolution") == on_cpu
+    assert "window_strides = [1, 4]" not in for_gpu
+    assert ("stride = [1, 4]" in for_cpu) == (on_cpu > 0)
