@@ -1,0 +1,119 @@
+"""What the benchmarks compare with computes the same, and what they count is there."""
+
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from granq_jax import Generator, QuantSpec, Trainer, create_model, fake_quant
+from granq_jax import step as joint
+from granq_jax.quant.weights import weight_paths
+from granq_jax.torch_import import load_torch
+from tests.golden_figures import CIFAR, generator_variables, state_dict
+
+torch = pytest.importorskip("torch", exc_type=ImportError)
+pytest.importorskip("pytorchcv", exc_type=ImportError)
+
+NAME = "resnet20_cifar10"
+GENERATOR_NAMES = {
+    "label_emb": "embed",
+    "l1.0": "dense",
+    "conv_blocks0.0": "norm0",
+    "conv_blocks1.0": "body.1",
+    "conv_blocks1.1": "body.2",
+    "conv_blocks2.0": "body.5",
+    "conv_blocks2.1": "body.6",
+    "conv_blocks2.3": "body.8",
+    "conv_blocks2.5": "body.10",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_can_be_imported():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    yield
+    sys.path.pop(0)
+
+
+def load(module, tensors, rename=str):
+    state = {rename(name): torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
+    missing, unexpected = module.double().load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+
+
+def generator_name(name):
+    module, _, leaf = name.rpartition(".")
+    return f"{GENERATOR_NAMES[module]}.{leaf}"
+
+
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
+def test_three_joint_steps_of_the_baseline_have_our_losses(memory_format, x64, monkeypatch):
+    from torch_baseline import JointStep
+
+    theirs = JointStep(batch=16, classes=10, memory_format=memory_format)
+    network, generator = state_dict(CIFAR[f"net/{NAME}/keys"]), state_dict(CIFAR["gen/keys"])
+    weights = {
+        f"{path}.weight" for path, module in theirs.student.named_modules() if hasattr(module, "parametrizations")
+    }
+    load(theirs.teacher, network)
+    load(
+        theirs.student,
+        network,
+        lambda name: name.replace(".weight", ".parametrizations.weight.original") if name in weights else name,
+    )
+    load(theirs.generator, generator, generator_name)
+
+    teacher = load_torch(NAME, network)
+    trainer = Trainer(
+        model=create_model(NAME),
+        generator=Generator(classes=10),
+        spec=QuantSpec(weight_bits=3, act_bits=3),
+        batch_size=16,
+        dtype=jnp.float64,
+    )
+    state = trainer.init(teacher).replace(generator=generator_variables(generator))
+    ours = jax.jit(joint.update, static_argnums=(0, 1))
+    for z, labels in zip(CIFAR["gen/z"][:3], CIFAR["gen/labels"][:3], strict=True):
+        monkeypatch.setattr(torch, "randn", lambda *_, z=z: torch.from_numpy(z))
+        monkeypatch.setattr(torch, "randint", lambda *_, labels=labels: torch.from_numpy(labels))
+        state, metrics = ours(trainer, False, state, teacher, jnp.asarray(z), jnp.asarray(labels))
+        np.testing.assert_allclose(theirs(), [metrics["loss_g"], metrics["loss_s"]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
+def test_the_baseline_quantizes_as_we_do(memory_format, x64):
+    from torch_baseline import MEMORY_FORMATS, FakeQuant
+
+    x = np.random.default_rng(0).normal(size=(3, 5, 7, 4))
+    theirs = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    theirs.requires_grad_()
+    y = FakeQuant.apply(theirs, 3, 2)
+    np.testing.assert_allclose(y.detach().permute(0, 2, 3, 1), fake_quant(jnp.asarray(x), bits=3), rtol=1e-12)
+    y.square().sum().backward()
+    np.testing.assert_allclose(theirs.grad, 2 * y.detach())
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_flops_counted_by_hand_are_those_of_the_kernels_at_every_pixel(classes):
+    from joint_step import count_flops
+
+    model, images = create_model(f"resnet20_cifar{classes}"), jnp.zeros((1, 32, 32, 3))
+
+    def forward():
+        variables = model.init(jax.random.key(0), images)
+        _, seen = model.apply(
+            variables, images, capture_intermediates=lambda module, _: isinstance(module, nn.Conv | nn.Dense)
+        )
+        return variables["params"], seen["intermediates"]
+
+    params, outputs = jax.eval_shape(forward)
+    flat = {"/".join(str(key.key) for key in path[:-2]): leaf for path, leaf in jax.tree.leaves_with_path(outputs)}
+    kernels = weight_paths(params)
+    assert kernels.keys() == flat.keys()
+    expected = sum(2 * kernel.size * flat[path].size // kernel.shape[-1] for path, kernel in kernels.items())
+    assert count_flops(16, classes)["student, forward"] == 16 * expected
