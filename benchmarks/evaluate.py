@@ -14,12 +14,10 @@ import statistics
 import time
 
 import numpy as np
-from turns import measure_in_turns
+from turns import FORMATS, OURS, beside_pytorch, measure_in_turns
 
 from granq_jax.data import DATASETS
 
-OURS = "granq_jax"
-FORMATS = ("channels_first", "channels_last")
 CIFAR10 = DATASETS["cifar10"]
 
 
@@ -60,8 +58,7 @@ def _rate(evaluate, count):
 
 def compare(count, batch, rounds):
     """Measures both sides and returns all figures."""
-    sides = {OURS: (ours, (count, batch))} | {name: (baseline, (count, batch, name)) for name in FORMATS}
-    results = measure_in_turns(sides, rounds)
+    results = measure_in_turns(beside_pytorch(ours, baseline, (count, batch)), rounds)
     rates = {name: [r["images_per_second"] for r in side["rounds"]] for name, side in results.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     fastest = max(FORMATS, key=medians.get)

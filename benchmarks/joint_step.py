@@ -14,10 +14,7 @@ import json
 import statistics
 import time
 
-from turns import measure_in_turns
-
-OURS = "granq_jax"
-FORMATS = ("channels_first", "channels_last")
+from turns import FORMATS, OURS, beside_pytorch, measure_in_turns
 
 
 def ours(batch, classes, steps):
@@ -104,9 +101,7 @@ def count_flops(batch, classes):
 
 def compare(batch, classes, steps, rounds):
     """Measures both sides and returns all figures."""
-    sides = {OURS: (ours, (batch, classes, steps))}
-    sides |= {name: (baseline, (batch, classes, steps, name)) for name in FORMATS}
-    results = measure_in_turns(sides, rounds)
+    results = measure_in_turns(beside_pytorch(ours, baseline, (batch, classes, steps)), rounds)
     seconds = {name: statistics.median(r["seconds"] for r in side["rounds"]) for name, side in results.items()}
     fastest = min(FORMATS, key=seconds.get)
     flops = count_flops(batch, classes)

@@ -7,6 +7,14 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
+OURS = "granq_jax"
+FORMATS = ("channels_first", "channels_last")  # the baseline is measured in both
+
+
+def beside_pytorch(ours: Callable, baseline: Callable, args: tuple) -> dict[str, tuple[Callable, tuple]]:
+    """The sides for :func:`measure_in_turns`: ``ours(*args)`` and ``baseline(*args, memory_format)``."""
+    return {OURS: (ours, args)} | {name: (baseline, (*args, name)) for name in FORMATS}
+
 
 def measure_in_turns(sides: dict[str, tuple[Callable, tuple]], rounds: int) -> dict[str, dict[str, Any]]:
     """Runs every side once to warm up, and then all of them in turn, ``rounds`` times.
