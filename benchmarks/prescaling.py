@@ -4,7 +4,8 @@
 
 For every activation shape of a network, median milliseconds of ``fake_quant`` at 3 bits, float32:
 with granularity ``tensor``, with ``sample_channel`` in one vectorized pass, and with the
-conventional loop over channels, a call of a compiled function for each. The three take turns.
+conventional loop over channels: a call of a compiled function for each, as many launches as
+channels. The three take turns.
 ``--plot`` needs matplotlib.
 """
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from granq_jax import QuantSpec, fake_quant, quantize
 from granq_jax.models.registry import NETWORKS
 
-COLUMNS = ("batch", "shape", "tensor ms", "sample_channel ms", "ratio", "loop ms", "loop ratio")
+COLUMNS = ("batch", "shape", "tensor ms", "sample_channel ms", "/ tensor", "loop ms", "/ tensor")
 
 
 def activation_shapes(name):
@@ -45,6 +46,8 @@ def measure(shape, rounds):
         jax.jit(quantizer),
         partial(channel_loop, one_channel=one_channel, join=join),
     )
+    _, vectorized, looped = (way(x) for way in ways)
+    assert jnp.allclose(vectorized, looped), "the loop is to compute the same"
     seconds = [[] for _ in ways]
     for round_ in range(rounds + 2):
         for way, times in zip(ways, seconds, strict=True):

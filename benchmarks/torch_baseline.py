@@ -3,9 +3,9 @@
 The network is pytorchcv's, the quantizer the formula of :mod:`granq_jax.quant.affine` vectorized
 over (sample, channel), the losses those of :mod:`granq_jax.losses`. Student and teacher are separate
 forward passes, and so are the student's for the generator's loss and for its own, as in the released
-code. Where PyTorch offers a choice the faster way is taken: minimum and maximum in one pass,
-mean and variance in one pass, gradients of the generator's loss for the generator only, the teacher's
-logits used twice.
+code. Where PyTorch offers a choice the faster way is taken: minimum and maximum of contiguous maps
+in one pass, mean and variance in one pass, gradients of the generator's loss for the generator only,
+the teacher's logits used twice, weights quantized once an evaluation.
 """
 
 from __future__ import annotations
@@ -169,9 +169,10 @@ class Evaluation:
     def __call__(self):
         """Evaluates once."""
         correct = examples = 0
-        for images, labels in self.batches:
-            scaled = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format) / 255
-            logits = self.student((scaled - self.mean) / self.std)
-            correct += (logits.argmax(1) == labels).sum().item()
-            examples += len(labels)
+        with parametrize.cached():
+            for images, labels in self.batches:
+                scaled = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format) / 255
+                logits = self.student((scaled - self.mean) / self.std)
+                correct += (logits.argmax(1) == labels).sum().item()
+                examples += len(labels)
         return 100 * correct / examples

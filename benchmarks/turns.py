@@ -54,4 +54,4 @@ def _serve(pipe, prepare, args):
     pipe.send("ready")
     while pipe.recv() == "measure":
         pipe.send(measure())
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)  # Linux counts in KiB

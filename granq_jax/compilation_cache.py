@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 import jax
@@ -11,15 +13,16 @@ import platformdirs
 OFF = "off"
 # Half a second is what the smaller programs of a run take to compile.
 _MIN_COMPILE_SECONDS = 0.5
+_MAX_BYTES = 2 * 1024**3  # what was not used for longest goes first
 
 
 def use_compilation_cache(directory: str = "") -> None:
     """Switches JAX's persistent compilation cache on; for the whole process, before it compiles.
 
     Args:
-      directory: where programs are kept. ``""`` leaves what JAX has been told already (by
-        ``JAX_COMPILATION_CACHE_DIR``, say), and is otherwise a directory in the user's cache, or
-        none if that cannot be written to; ``"off"`` keeps none.
+      directory: where programs are kept, 2 GiB at most. ``""`` leaves what JAX has been told already
+        (by ``JAX_COMPILATION_CACHE_DIR``, say), and is otherwise a directory in the user's cache, one
+        for each kind of CPU, or none if that cannot be written to; ``"off"`` keeps none.
 
     Raises:
       ValueError: for a ``directory`` that cannot be written to.
@@ -28,12 +31,13 @@ def use_compilation_cache(directory: str = "") -> None:
 
       use_compilation_cache()
     """
+    jax.config.update("jax_enable_compilation_cache", directory != OFF)
     if directory == OFF:
-        jax.config.update("jax_enable_compilation_cache", False)
         return
     if not directory and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    path = Path(directory).absolute() if directory else platformdirs.user_cache_path("granq-jax") / "compiled"
+    users = platformdirs.user_cache_path("granq-jax") / "compiled" / _kind_of_cpu()
+    path = Path(directory).absolute() if directory else users
     if not _is_writable(path):
         if directory:
             raise ValueError(
@@ -41,7 +45,16 @@ def use_compilation_cache(directory: str = "") -> None:
             )
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+
+
+def _kind_of_cpu() -> str:
+    """Machines may share a home, but not programs with instructions that another CPU lacks."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    instructions = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    return hashlib.sha256(repr((platform.machine(), platform.processor(), instructions)).encode()).hexdigest()[:8]
 
 
 def _is_writable(path: Path) -> bool:

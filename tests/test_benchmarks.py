@@ -11,7 +11,10 @@ import pytest
 
 from granq_jax import Generator, QuantSpec, Trainer, create_model, fake_quant
 from granq_jax import step as joint
+from granq_jax.data import DATASETS
+from granq_jax.evaluate import student_accuracy
 from granq_jax.quant.weights import weight_paths
+from granq_jax.splits import MemorySplit
 from granq_jax.torch_import import load_torch
 from tests.golden_figures import CIFAR, generator_variables, state_dict
 
@@ -51,21 +54,20 @@ def generator_name(name):
     return f"{GENERATOR_NAMES[module]}.{leaf}"
 
 
+def student_name(student):
+    """Renames the weights that are quantized."""
+    quantized = {f"{path}.weight" for path, module in student.named_modules() if hasattr(module, "parametrizations")}
+    return lambda name: name.replace(".weight", ".parametrizations.weight.original") if name in quantized else name
+
+
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 def test_three_joint_steps_of_the_baseline_have_our_losses(memory_format, x64, monkeypatch):
     from torch_baseline import JointStep
 
     theirs = JointStep(batch=16, classes=10, memory_format=memory_format)
     network, generator = state_dict(CIFAR[f"net/{NAME}/keys"]), state_dict(CIFAR["gen/keys"])
-    weights = {
-        f"{path}.weight" for path, module in theirs.student.named_modules() if hasattr(module, "parametrizations")
-    }
     load(theirs.teacher, network)
-    load(
-        theirs.student,
-        network,
-        lambda name: name.replace(".weight", ".parametrizations.weight.original") if name in weights else name,
-    )
+    load(theirs.student, network, student_name(theirs.student))
     load(theirs.generator, generator, generator_name)
 
     teacher = load_torch(NAME, network)
@@ -117,3 +119,30 @@ def test_flops_counted_by_hand_are_those_of_the_kernels_at_every_pixel(classes):
     assert kernels.keys() == flat.keys()
     expected = sum(2 * kernel.size * flat[path].size // kernel.shape[-1] for path, kernel in kernels.items())
     assert count_flops(16, classes)["student, forward"] == 16 * expected
+
+
+def test_the_baseline_evaluates_as_we_do():
+    from torch_baseline import Evaluation
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (200, 32, 32, 3), np.uint8), rng.integers(0, 10, 200, np.int32)
+    dataset, network = DATASETS["cifar10"], state_dict(CIFAR[f"net/{NAME}/keys"])
+    theirs = Evaluation(images, labels, 100, "channels_last", dataset.mean, dataset.std)
+    load(theirs.student, network, student_name(theirs.student))
+    theirs.student.float()
+    trainer = Trainer(model=create_model(NAME), generator=Generator(classes=10), spec=QuantSpec(), batch_size=16)
+    split = MemorySplit(dataset, images, labels)
+    teacher = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), load_torch(NAME, network))
+    ours = student_accuracy(trainer, split, 100, jax.local_devices()[:1])(teacher).top1
+    assert abs(theirs() - ours) <= 2  # in float32 values near a rounding boundary differ
+
+
+def test_the_benchmarks_run():
+    import evaluate
+    import joint_step
+    import prescaling
+
+    assert joint_step.compare(2, 10, 1, 1)["ratio"] > 0
+    assert evaluate.compare(8, 4, 1)["ratio"] > 0
+    assert (32, 32, 16) in prescaling.activation_shapes(NAME)
+    assert all(milliseconds > 0 for milliseconds in prescaling.measure((2, 4, 4, 3), rounds=2))

@@ -80,6 +80,7 @@ def cache_settings():
     """Puts JAX's settings back after the test."""
     names = [
         "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
         "jax_enable_compilation_cache",
         "jax_persistent_cache_min_compile_time_secs",
     ]
@@ -97,7 +98,9 @@ def test_compiled_programs_are_kept_where_asked(calls, cache_settings, monkeypat
 
     jax.config.update("jax_compilation_cache_dir", None)
     assert main(["--config=digits_w3a3"]) == 0
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "user" / "granq-jax" / "compiled")
+    (kept,) = (tmp_path / "user" / "granq-jax" / "compiled").iterdir()
+    assert jax.config.jax_compilation_cache_dir == str(kept)
+    assert jax.config.jax_compilation_cache_max_size > 0
 
     monkeypatch.chdir(tmp_path)
     assert main(["--config=digits_w3a3", "--compilation-cache=here"]) == 0

@@ -20,6 +20,8 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 # What a part of the batch may take so that it stays in the cache while its share of the kernel's
 # gradient is computed.
 _PART_BYTES = 2**19
+# Each part is compiled on its own.
+_MAX_PARTS = 32
 # As many float32 as the widest registers of a CPU hold: with no more output channels they are not kept busy.
 _FEW_CHANNELS = 16
 
@@ -38,8 +40,9 @@ def convolve(
 ) -> jax.Array:
     """Convolves ``x`` (N, H, W, C) with ``kernel`` (height, width, C / groups, features).
 
-    Takes and returns what :func:`jax.lax.conv_general_dilated` does, channels last, so that it can be
-    the ``conv_general_dilated`` of a ``flax.linen.Conv``. It has gradients in reverse mode only.
+    Takes and returns what :func:`jax.lax.conv_general_dilated` does, but is channels last unless told
+    otherwise, so that it can be the ``conv_general_dilated`` of a ``flax.linen.Conv``. It has gradients
+    in reverse mode only. The forms are for float32 and float64:
 
     - A 1x1 kernel is a matrix product.
     - On CPUs, a convolution between few channels computes several neighbouring columns at once, as
@@ -53,20 +56,32 @@ def convolve(
       >>> convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), (1, 1), "VALID")[0, :, :, 0].tolist()
       [[18.0, 18.0], [18.0, 18.0]]
     """
-    plain = {
-        "dimension_numbers": _NHWC if dimension_numbers is None else dimension_numbers,
-        "lhs_dilation": lhs_dilation,
-        "rhs_dilation": rhs_dilation,
-        "feature_group_count": feature_group_count,
-        "precision": precision,
-    }
+    plain = partial(
+        lax.conv_general_dilated,
+        x,
+        kernel,
+        window_strides,
+        padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=_NHWC if dimension_numbers is None else dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
+    )
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    if x.ndim != 4 or dilated or feature_group_count != 1 or precision is not None:
-        return lax.conv_general_dilated(x, kernel, window_strides, padding, **plain)
+    if x.ndim != 4 or x.dtype.itemsize < 4 or dilated or feature_group_count != 1 or precision is not None:
+        return plain()
+    if dimension_numbers is not None:
+        numbers = [lax.conv_dimension_numbers(x.shape, kernel.shape, d) for d in (dimension_numbers, _NHWC)]
+        if numbers[0] != numbers[1]:
+            return plain()
     strides, window = tuple(window_strides), kernel.shape[:2]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     padding = tuple((int(low), int(high)) for low, high in padding)
+    padded = [size + low + high for size, (low, high) in zip(x.shape[1:3], padding, strict=True)]
+    if 0 in (*x.shape, *kernel.shape) or min(itertools.chain(*padding)) < 0 or any(map(int.__lt__, padded, window)):
+        return plain()
     if window == (1, 1) and not any(itertools.chain(*padding)):
         return jnp.einsum("nhwc,cf->nhwf", x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     return _convolve(x, kernel, strides, padding)
@@ -82,7 +97,7 @@ def _plain_to_kernel(x, cotangent, strides, padding, window):
 
 
 def _is_narrow(kernel_shape, strides):
-    """Whether a matrix product with all taps has no more output channels than input channels."""
+    """Whether a matrix product with all taps, none of them skipped, widens no pixel."""
     height, width, channels, features = kernel_shape
     return strides == (1, 1) and height * width * features <= channels
 
@@ -100,10 +115,10 @@ def _columns_at_once(width, kernel_shape, strides, padding):
 def _convolve(x, kernel, strides, padding):
     plain = partial(_plain, strides=strides, padding=padding)
     columns = _columns_at_once(x.shape[2], kernel.shape, strides, padding[1])
-    if columns > 1:
-        for_cpu = partial(_in_columns, columns=columns, padding=padding)
-    elif _is_narrow(kernel.shape, strides):
+    if _is_narrow(kernel.shape, strides):
         for_cpu = partial(_sum_of_shifted, padding=padding)
+    elif columns > 1:
+        for_cpu = partial(_in_columns, columns=columns, padding=padding)
     else:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=for_cpu, default=plain)
@@ -158,7 +173,7 @@ def _in_columns(x, kernel, padding, columns):
 def _part_size(x, kernel, cotangent):
     """Samples in a part: no fewer than pay for adding up another gradient of the kernel's size."""
     sample = max(x.nbytes, cotangent.nbytes) // len(x)
-    size = -(-max(_PART_BYTES, kernel.nbytes) // sample)
+    size = max(-(-max(_PART_BYTES, kernel.nbytes) // sample), -(-len(x) // _MAX_PARTS))
     return len(x) if len(x) <= 2 * size else size
 
 

@@ -25,6 +25,12 @@ CASES = {
     "few channels, padded beyond the kernel": ((2, 4, 6, 8), (3, 3, 8, 8), (1, 1), ((3, 0), (4, 2))),
     "very few channels": ((3, 5, 8, 3), (3, 3, 3, 16), (1, 1), ((1, 1), (1, 1))),
     "very few channels, valid": ((3, 5, 10, 16), (3, 3, 16, 3), (1, 1), "VALID"),
+    "few channels, cropped": ((3, 5, 6, 16), (3, 3, 16, 16), (1, 1), ((-1, 1), (1, -1))),
+    "few channels and narrow": ((3, 5, 8, 16), (3, 3, 16, 1), (1, 1), ((1, 1), (1, 1))),
+    "narrow, cropped": ((3, 7, 5, 40), (3, 3, 40, 3), (1, 1), ((1, -1), (-1, 1))),
+    "narrow, smaller than the window": ((3, 2, 5, 40), (3, 3, 40, 3), (1, 1), "VALID"),
+    "no samples": ((0, 6, 8, 16), (3, 3, 16, 16), (1, 1), "SAME"),
+    "no samples, narrow": ((0, 6, 8, 40), (3, 3, 40, 3), (1, 1), "SAME"),
     "narrow": ((3, 7, 5, 20), (3, 3, 20, 2), (1, 1), ((1, 1), (1, 1))),
     "narrow, lopsided": ((3, 7, 5, 40), (2, 3, 40, 3), (1, 1), ((1, 0), (0, 2))),
     "narrow, valid": ((3, 7, 5, 40), (3, 2, 40, 3), (1, 1), "VALID"),
@@ -53,12 +59,28 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(case, x64):
         ({"rhs_dilation": (2, 2)}, (3, 3, 4, 8)),
         ({"lhs_dilation": (2, 1)}, (3, 3, 4, 8)),
         ({"precision": lax.Precision.HIGHEST}, (3, 3, 4, 8)),
+        ({"dimension_numbers": ("NHWC", "OHWI", "NHWC")}, (8, 3, 3, 4)),
     ],
 )
 def test_what_has_no_form_of_its_own_is_the_plain_convolution(options, kernel_shape):
     x, kernel, padding = jnp.ones((2, 6, 6, 4)), jnp.ones(kernel_shape), ((1, 1), (1, 1))
-    expected = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NHWC, **options)
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), padding, **{"dimension_numbers": NHWC} | options)
     np.testing.assert_array_equal(convolve(x, kernel, (1, 1), padding, **options), expected)
+
+
+def test_narrow_floats_are_added_up_as_xla_does():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 6, 6, 40), (3, 3, 40, 3)))
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+    np.testing.assert_array_equal(convolve(x, kernel, (1, 1), "SAME"), expected)
+
+
+def test_the_kernel_gradient_is_made_of_parts_on_a_cpu_only():
+    x, kernel = jnp.ones((37, 32, 33, 24)), jnp.ones((3, 3, 24, 32))
+    gradient = jax.jit(jax.grad(lambda kernel: convolve(x, kernel, (1, 1), "SAME").sum()))
+    lowered = {p: gradient.trace(kernel).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+    convolutions = {platform: text.count("stablehlo.convolution") for platform, text in lowered.items()}
+    assert convolutions["cuda"] < convolutions["cpu"] <= 34
 
 
 @pytest.mark.parametrize(("channels", "on_cpu"), [(27, 0), (16, 2)])
@@ -69,5 +91,5 @@ def test_the_forms_for_cpus_are_not_in_a_program_for_a_gpu(channels, on_cpu):
     for_cpu = gradients.trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text()
     assert for_gpu.count("stablehlo.convolution") == 2
     assert for_cpu.count("stablehlo.convolution") == on_cpu
-    assert "window_strides = [1, 4]" not in for_gpu
+    assert "stride = [1, 4]" not in for_gpu
     assert ("stride = [1, 4]" in for_cpu) == (on_cpu > 0)
