@@ -127,11 +127,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--classes", type=int, choices=(10, 100), default=10)
-    parser.add_argument("--steps", type=int, help="in a round; by default about three seconds' worth")
+    parser.add_argument("--steps", type=int, help="in a round; by default some seconds' worth")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    figures = compare(options.batch, options.classes, options.steps or max(1, 320 // options.batch), options.rounds)
+    figures = compare(options.batch, options.classes, options.steps or max(3, 320 // options.batch), options.rounds)
     if options.json:
         print(json.dumps(figures, indent=2))
         return
