@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 
 from granq_jax import OptimizerSettings, Trainer
@@ -26,6 +27,7 @@ def golden_trainer():
     )
 
 
+@pytest.mark.slow
 def test_six_steps_follow_the_golden_trajectory(x64):
     trainer = golden_trainer()
     teacher = load_torch(NAME, state_dict(CIFAR[f"net/{NAME}/keys"]))
