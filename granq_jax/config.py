@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from granq_jax.data import DATASETS
 from granq_jax.models.registry import NETWORKS
+from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
     ACT_GRANULARITIES,
-    IMPLEMENTATIONS,
     MAX_BITS,
     MIN_BITS,
     PLACEMENTS,

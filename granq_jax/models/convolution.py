@@ -44,7 +44,8 @@ def convolve(
     otherwise, so that it can be the ``conv_general_dilated`` of a ``flax.linen.Conv``. It has gradients
     in reverse mode only. The forms are for float32 and float64:
 
-    - A 1x1 kernel is a matrix product.
+    - On CPUs, a convolution with a 1x1 kernel is a matrix product. (On GPUs not: XLA's own fusions of
+      one with the strides around it can fail to compile there.)
     - On CPUs, a convolution between few channels computes several neighbouring columns at once, as
       the channels of one: more multiplications, at a better rate.
     - On CPUs, a convolution from many channels to few is a matrix product with all taps of the kernel
@@ -82,8 +83,6 @@ def convolve(
     padded = [size + low + high for size, (low, high) in zip(x.shape[1:3], padding, strict=True)]
     if 0 in (*x.shape, *kernel.shape) or min(itertools.chain(*padding)) < 0 or any(map(int.__lt__, padded, window)):
         return plain()
-    if window == (1, 1) and not any(itertools.chain(*padding)):
-        return jnp.einsum("nhwc,cf->nhwf", x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     return _convolve(x, kernel, strides, padding)
 
 
@@ -94,6 +93,14 @@ def _plain(x, kernel, strides, padding):
 def _plain_to_kernel(x, cotangent, strides, padding, window):
     kernel = jax.ShapeDtypeStruct((*window, x.shape[-1], cotangent.shape[-1]), x.dtype)
     return jax.linear_transpose(lambda kernel: _plain(x, kernel, strides, padding), kernel)(cotangent)[0]
+
+
+def _is_pointwise(kernel_shape, padding):
+    return kernel_shape[:2] == (1, 1) and not any(itertools.chain(*padding))
+
+
+def _pointwise(x, kernel, strides):
+    return jnp.einsum("nhwc,cf->nhwf", x[:, :: strides[0], :: strides[1]], kernel[0, 0])
 
 
 def _is_narrow(kernel_shape, strides):
@@ -115,7 +122,9 @@ def _columns_at_once(width, kernel_shape, strides, padding):
 def _convolve(x, kernel, strides, padding):
     plain = partial(_plain, strides=strides, padding=padding)
     columns = _columns_at_once(x.shape[2], kernel.shape, strides, padding[1])
-    if _is_narrow(kernel.shape, strides):
+    if _is_pointwise(kernel.shape, padding):
+        for_cpu = partial(_pointwise, strides=strides)
+    elif _is_narrow(kernel.shape, strides):
         for_cpu = partial(_sum_of_shifted, padding=padding)
     elif columns > 1:
         for_cpu = partial(_in_columns, columns=columns, padding=padding)
@@ -138,6 +147,9 @@ def _backward(strides, padding, residuals, cotangent):
     def plain(x, kernel, cotangent):
         return plain_to_x(kernel, cotangent), _plain_to_kernel(x, cotangent, strides, padding, window)
 
+    def pointwise(x, kernel, cotangent):
+        return jax.vjp(partial(_pointwise, strides=strides), x, kernel)[1](cotangent)
+
     def narrow(x, kernel, cotangent):
         return _narrow_gradients(x, kernel, cotangent, padding)
 
@@ -149,7 +161,10 @@ def _backward(strides, padding, residuals, cotangent):
         parts = [slice(start, start + size) for start in range(0, len(x), size)]
         return to_x, sum(_plain_to_kernel(x[part], cotangent[part], strides, padding, window) for part in parts)
 
-    for_cpu = narrow if _is_narrow(kernel.shape, strides) else in_parts
+    if _is_pointwise(kernel.shape, padding):
+        for_cpu = pointwise
+    else:
+        for_cpu = narrow if _is_narrow(kernel.shape, strides) else in_parts
     return lax.platform_dependent(x, kernel, cotangent, cpu=for_cpu, default=plain)
 
 

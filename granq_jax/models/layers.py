@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from granq_jax.models.convolution import convolve
 
+NORM_EPSILON = 1e-5
 ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}
 
 
@@ -45,7 +46,7 @@ class NormAct(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array | None = None, *, train: bool) -> jax.Array:
         """``activation(norm(x) + residual)``, all (N, H, W, C)."""
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="bn")(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=NORM_EPSILON, name="bn")(x)
         if residual is not None:
             x = x + residual
         return x if self.activation is None else Activation(self.activation, name="act")(x)

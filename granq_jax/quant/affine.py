@@ -25,8 +25,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from granq_jax.kernels.sample_channel import MIN_RANGE
-from granq_jax.quant.spec import check_bits, kept_axes
+from granq_jax.kernels import codes as codes_kernel
+from granq_jax.kernels.sweeps import MIN_RANGE
+from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
+from granq_jax.quant.spec import check_bits, check_choice, kept_axes
 
 
 class QuantizedArray(flax.struct.PyTreeNode):
@@ -100,13 +102,16 @@ def check_float(x: jax.Array) -> jax.Array:
     return x
 
 
-def quantize_codes(x: jax.Array, *, bits: int, granularity: str = "sample_channel") -> QuantizedArray:
+def quantize_codes(
+    x: jax.Array, *, bits: int, granularity: str = "sample_channel", impl: str = "auto"
+) -> QuantizedArray:
     """Quantizes ``x`` to integer codes.
 
     Args:
       x: float array of two or more dimensions: activations (N, ..., C) or kernels (..., I, O).
       bits: 2 to 8.
       granularity: which elements share a range, see :func:`granq_jax.quant.spec.kept_axes`.
+      impl: see :func:`granq_jax.quant.dispatch.dispatch`.
 
     Returns:
       The codes, scales and zero points. ``dequantize`` of it is ``fake_quant(x, ...)`` to rounding,
@@ -124,18 +129,27 @@ def quantize_codes(x: jax.Array, *, bits: int, granularity: str = "sample_channe
     """
     x = check_float(x)
     check_bits("bits", bits)
-    return _quantize_codes(x, bits, granularity)
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    return _quantize_codes(x, bits, granularity, impl if has_kernel(x, granularity) else "xla")
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _quantize_codes(x, bits, granularity):
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize_codes(x, bits, granularity, impl):
+    def by_kernel(x, *, interpret):
+        if granularity == "out_channel":  # a weight is an activation of one sample
+            return tuple(array[0] for array in codes_kernel.quantize(x[None], bits, interpret=interpret))
+        return codes_kernel.quantize(x, bits, interpret=interpret)
+
+    def by_xla(x):
+        return over_groups(one_group, granularity, x.ndim)(x.astype(compute_dtype(x.dtype)))
+
     def one_group(x):
         scale, zero_point = scale_and_zero_point(x, bits)
         codes = affine_codes(x, scale, zero_point, bits).astype(jnp.int8)
         same_rank = (1,) * x.ndim
         return codes, scale.reshape(same_rank), zero_point.reshape(same_rank)
 
-    codes, scale, zero_point = over_groups(one_group, granularity, x.ndim)(x.astype(compute_dtype(x.dtype)))
+    codes, scale, zero_point = dispatch(impl, by_xla, by_kernel, x)
     return QuantizedArray(codes, scale, zero_point, bits)
 
 

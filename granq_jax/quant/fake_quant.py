@@ -1,13 +1,18 @@
-"""``fake_quant``: quantize and dequantize in one vectorized pass, with a straight-through gradient."""
+"""``fake_quant``: quantize and dequantize in one vectorized pass, with a straight-through gradient.
+
+``norm_act_fake_quant`` is the same with what a network computes right before it, for one kernel to do it all.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from granq_jax.kernels import sample_channel
+from granq_jax.kernels import out_channel, sample_channel
+from granq_jax.models.layers import ACTIVATIONS
 from granq_jax.quant.affine import (
     affine_codes,
     affine_values,
@@ -16,9 +21,24 @@ from granq_jax.quant.affine import (
     over_groups,
     scale_and_zero_point,
 )
-from granq_jax.quant.spec import IMPLEMENTATIONS, check_bits, check_choice, kept_axes
+from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
+from granq_jax.quant.spec import check_bits, check_choice, kept_axes
 
-_KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+class FrozenNorm(NamedTuple):
+    """A batch norm that is not training, as ``(x - mean) * factor + bias``; (C,) each."""
+
+    mean: jax.Array
+    factor: jax.Array
+    bias: jax.Array
+
+
+class _How(NamedTuple):
+    bits: int
+    granularity: str
+    impl: str
+    axis_name: str | None = None
+    activation: str | None = None
 
 
 def fake_quant(
@@ -44,10 +64,8 @@ def fake_quant(
       granularity: which elements share a range: ``"sample_channel"``, ``"channel"``, ``"sample"``,
         ``"tensor"`` of activations, ``"out_channel"``, ``"kernel"``, ``"tensor"`` of weights; see
         :func:`granq_jax.quant.spec.kept_axes`.
-      impl: ``"xla"``; ``"pallas"``, the GPU kernel; ``"pallas_interpret"``, the same kernel run by
-        Pallas' interpreter on any platform; or ``"auto"``, the kernel where the program is lowered
-        for a GPU and XLA elsewhere. The kernel covers ``"sample_channel"`` of (N, H, W, C) in
-        float32, bfloat16 and float16; XLA computes the rest whatever ``impl`` says.
+      impl: see :func:`granq_jax.quant.dispatch.dispatch`. The kernels cover ``"sample_channel"`` of
+        (N, ..., C) and ``"out_channel"`` in float32, bfloat16 and float16; XLA computes the rest.
       axis_name: mapped axis (of ``pmap`` or ``shard_map``) that splits the batch. Ranges that
         several samples share are then taken over all devices, as one device would.
 
@@ -67,42 +85,85 @@ def fake_quant(
     check_bits("bits", bits)
     check_choice("impl", impl, IMPLEMENTATIONS)
     batch_is_shared = 0 not in kept_axes(granularity, x.ndim)
-    return _fake_quant(x, bits, granularity, impl, axis_name if batch_is_shared else None)
+    return _fake_quant(_How(bits, granularity, impl, axis_name if batch_is_shared else None), x, None, None)
 
 
-def _xla(x, bits, granularity, axis_name):
+def norm_act_fake_quant(
+    x: jax.Array,
+    *,
+    bits: int,
+    norm: FrozenNorm | None = None,
+    residual: jax.Array | None = None,
+    activation: str | None = None,
+    impl: str = "auto",
+) -> jax.Array:
+    """``fake_quant(activation(norm(x) + residual))`` with ``"sample_channel"`` ranges; each part may be missing.
+
+    On a GPU that is one launch: a read of ``x`` and ``residual``, and a write. The gradient is that of the
+    float function before the quantizer, computed anew from ``x`` and ``residual``: the output does not tell
+    which elements an activation let through, for a small positive one may have been rounded to 0.
+
+    Args:
+      x: (N, ..., C) of one of :data:`granq_jax.quant.dispatch.KERNEL_DTYPES`.
+      bits: 2 to 8.
+      norm: of the dtype of ``x``, or float32.
+      residual: of the shape and dtype of ``x``.
+      activation: a key of :data:`granq_jax.models.layers.ACTIVATIONS`.
+      impl: see :func:`fake_quant`.
+    """
+    return _fake_quant(_How(bits, "sample_channel", impl, activation=activation), x, norm, residual)
+
+
+def _before(x, norm, residual, activation):
+    """What comes before the quantizer, in the arithmetic of the layers that it stands for."""
+    dtype = x.dtype
+    if norm is not None:
+        x = ((x - norm.mean) * norm.factor + norm.bias).astype(dtype)
+    if residual is not None:
+        x = x + residual
+    return x if activation is None else ACTIVATIONS[activation](x)
+
+
+def _by_xla(x, norm, residual, *, how):
     def one_group(x):
-        scale, zero_point = scale_and_zero_point(x, bits, axis_name)
-        return affine_values(affine_codes(x, scale, zero_point, bits), scale, zero_point)
+        scale, zero_point = scale_and_zero_point(x, how.bits, how.axis_name)
+        return affine_values(affine_codes(x, scale, zero_point, how.bits), scale, zero_point)
 
-    return over_groups(one_group, granularity, x.ndim)(x.astype(compute_dtype(x.dtype))).astype(x.dtype)
-
-
-def _forward(x, bits, granularity, impl, axis_name):
-    by_xla = partial(_xla, bits=bits, granularity=granularity, axis_name=axis_name)
-    by_kernel = partial(sample_channel.fake_quant, bits=bits)
-    covered = granularity == "sample_channel" and x.ndim == 4 and x.size > 0 and x.dtype in _KERNEL_DTYPES
-    if impl == "xla" or not covered:
-        return by_xla(x)
-    if impl == "pallas_interpret":
-        return by_kernel(x, interpret=True)
-    if impl == "pallas":
-        return by_kernel(x)
-    return jax.lax.platform_dependent(x, cuda=by_kernel, rocm=by_kernel, default=by_xla)
+    x = _before(x, norm, residual, how.activation)
+    return over_groups(one_group, how.granularity, x.ndim)(x.astype(compute_dtype(x.dtype))).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _straight_through(x, bits, granularity, impl, axis_name):
-    return _forward(x, bits, granularity, impl, axis_name)
+def _by_kernel(x, norm, residual, *, how, interpret):
+    if how.granularity == "out_channel":
+        return out_channel.fake_quant(x, how.bits, interpret=interpret)
+    if norm is not None:
+        norm = jnp.stack([norm.factor, norm.bias - norm.mean * norm.factor]).astype(jnp.float32)
+    return sample_channel.fake_quant(
+        x, how.bits, norm=norm, residual=residual, activation=how.activation, interpret=interpret
+    )
 
 
-def _straight_through_forward(x, bits, granularity, impl, axis_name):
-    return _forward(x, bits, granularity, impl, axis_name), None
+def _forward(how, x, norm, residual):
+    impl = how.impl if has_kernel(x, how.granularity) else "xla"
+    return dispatch(impl, partial(_by_xla, how=how), partial(_by_kernel, how=how), x, norm, residual)
 
 
-def _straight_through_backward(bits, granularity, impl, axis_name, residuals, cotangent):
-    return (cotangent,)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(how, x, norm, residual):
+    return _forward(how, x, norm, residual)
+
+
+def _straight_through_forward(how, x, norm, residual):
+    nothing_before = norm is None and residual is None and how.activation is None
+    return _forward(how, x, norm, residual), None if nothing_before else (x, norm, residual)
+
+
+def _straight_through_backward(how, saved, cotangent):
+    if saved is None:
+        return cotangent, None, None
+    _, pull_back = jax.vjp(partial(_before, activation=how.activation), *saved)
+    return pull_back(cotangent)
 
 
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
-_fake_quant = jax.jit(_straight_through, static_argnums=(1, 2, 3, 4))
+_fake_quant = jax.jit(_straight_through, static_argnums=0)

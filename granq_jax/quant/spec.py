@@ -13,7 +13,6 @@ WEIGHT_GRANULARITIES = ("out_channel", "kernel", "tensor")
 ACT_GRANULARITIES = ("sample_channel", "channel", "sample", "tensor")
 GRANULARITIES = ("sample_channel", "channel", "sample", "tensor", "out_channel", "kernel")
 PLACEMENTS = ("activation", "operand")
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
 
 _OVERRIDABLE = ("weight_bits", "act_bits", "weight_granularity", "act_granularity")
 

@@ -7,14 +7,16 @@ by intercepting module calls while it is. The model is not edited and does not k
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from granq_jax.models.layers import Activation
-from granq_jax.quant.fake_quant import fake_quant
-from granq_jax.quant.spec import IMPLEMENTATIONS, QuantSpec, check_choice
+from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
+from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
+from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
+from granq_jax.quant.spec import QuantSpec, check_choice
 from granq_jax.quant.weights import effective_bits, quantize_params, weight_paths
 
 OPERAND_MODULES = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
@@ -115,9 +117,22 @@ class QuantizedModel:
                 if call_args:
                     return next_call(quantized(path, call_args[0]), *call_args[1:], **call_kwargs)
                 return next_call(**{**call_kwargs, "inputs": quantized(path, call_kwargs["inputs"])})
-            outputs = next_call(*call_args, **call_kwargs)
             named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
             matched_modules.update(named)
+            epilogue = None if named or self.impl == "xla" else _epilogue(module, *call_args, **call_kwargs)
+            if epilogue is not None:
+                site = self.spec.at(epilogue.path)
+                if site.act_bits is not None and has_kernel(epilogue.x, site.act_granularity):
+                    activations.append((epilogue.path, epilogue.x.shape))
+                    return norm_act_fake_quant(
+                        epilogue.x,
+                        bits=site.act_bits,
+                        norm=epilogue.norm,
+                        residual=epilogue.residual,
+                        activation=epilogue.activation,
+                        impl=self.impl,
+                    )
+            outputs = next_call(*call_args, **call_kwargs)
             return quantized(path, outputs) if named or isinstance(module, Activation) else outputs
 
         quantized_params = quantize_params(variables["params"], self.spec, self.impl)
@@ -186,6 +201,36 @@ def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name
         raise TypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
     check_choice("impl", impl, IMPLEMENTATIONS)
     return QuantizedModel(model, spec, impl, axis_name)
+
+
+class _Epilogue(NamedTuple):
+    """The call of a module that ends in an activation, taken apart for one kernel to do it all.
+
+    Attributes:
+      path: of the :class:`Activation`.
+    """
+
+    path: str
+    x: jax.Array
+    norm: FrozenNorm | None
+    residual: jax.Array | None
+    activation: str
+
+
+def _epilogue(
+    module: nn.Module, x: jax.Array, residual: jax.Array | None = None, *, train: bool = False
+) -> _Epilogue | None:
+    """``None`` for other modules than ``NormAct`` and ``Activation``, in training, and if the dtype would change."""
+    if type(module) is Activation:
+        return _Epilogue("/".join(module.path), x, None, None, module.kind)
+    if type(module) is not NormAct or module.activation is None or train:
+        return None
+    params, statistics = module.variables["params"]["bn"], module.variables["batch_stats"]["bn"]
+    if jnp.result_type(x, params["scale"], params["bias"]) != x.dtype:
+        return None
+    factor = jax.lax.rsqrt(statistics["var"] + NORM_EPSILON) * params["scale"]
+    norm = FrozenNorm(statistics["mean"], factor, params["bias"])
+    return _Epilogue("/".join((*module.path, "act")), x, norm, residual, module.activation)
 
 
 def _is_of_class(module: nn.Module, wanted: str | type) -> bool:

@@ -1,0 +1,40 @@
+"""Which implementation computes: the kernels or XLA's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
+KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def has_kernel(x: jax.Array, granularity: str) -> bool:
+    """Whether there is a kernel for arrays like ``x``; XLA computes others whatever is asked for."""
+    if x.size == 0 or x.dtype not in KERNEL_DTYPES:
+        return False
+    return (granularity == "sample_channel" and x.ndim >= 3) or (granularity == "out_channel" and x.ndim >= 2)
+
+
+def dispatch(impl: str, by_xla: Callable[..., Any], by_kernel: Callable[..., Any], *operands: Any) -> Any:
+    """Computes one of two functions of ``operands``, which return the same.
+
+    Args:
+      impl: ``"xla"``; ``"pallas"``, the kernel; ``"pallas_interpret"``, the kernel run by Pallas'
+        interpreter; ``"auto"``, decided when the program is lowered: the kernel for CUDA and ROCm, else XLA.
+      by_xla: of the operands.
+      by_kernel: of the operands and ``interpret``.
+      *operands: pytrees of arrays.
+    """
+    if impl == "xla":
+        return by_xla(*operands)
+    if impl == "pallas_interpret":
+        return by_kernel(*operands, interpret=True)
+    compiled = partial(by_kernel, interpret=False)
+    if impl == "pallas":
+        return compiled(*operands)
+    return jax.lax.platform_dependent(*operands, cuda=compiled, rocm=compiled, default=by_xla)
