@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from granq_jax.kernels.tiles import WARP, Tiling
+from granq_jax.kernels.tiles import Tiling
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -68,7 +68,7 @@ class Block:
         They are loaded as one tile of an element a thread. Of fewer elements every thread would load all that
         it needs by itself, which beside bfloat16 activations is half as much again.
         """
-        rows = max(2, WARP * self.tiling.warps // self.tiling.columns)
+        rows = max(2, self.tiling.threads // self.tiling.columns)
         row = self._everywhere(jnp.arange(rows)[:, None], rows)
         mask = row < 2
         if self.inside is not None:

@@ -54,6 +54,11 @@ class Tiling:
     rows: int = 0
 
     @property
+    def threads(self) -> int:
+        """Of a program."""
+        return WARP * self.warps
+
+    @property
     def blocks(self) -> int:
         """Blocks of channels."""
         return -(-self.channels // self.columns)

@@ -1,0 +1,95 @@
+"""What a kernel's PTX says of it: registers, spills, shared memory, and what it moves."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from granq_jax.gpu_check.targets import Program
+from granq_jax.kernels.tiles import Tiling
+
+_ACCESS = re.compile(r"(@%p\d+ )?\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)")
+_LABEL = re.compile(r"^(\$L__BB\w+):", re.M)
+_JUMP = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);")
+_LAUNCH = re.compile(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), .*shared_memory: (\d+) bytes")
+
+
+class Kernel(NamedTuple):
+    """A kernel as compiled.
+
+    Attributes:
+      registers: of a thread.
+      spilled_bytes: stored to local memory for want of registers.
+      shared_bytes: of shared memory, a program.
+      reads: bytes read from global memory by the whole launch, by the width of a thread's access. Every
+        instruction is counted for all threads, as often as its loop goes round.
+      writes: the same of what is written. Of a number a channel, which all threads but one leave to that one
+        by a predicate, one is counted.
+      tests_nan: whether it holds a test for NaN.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    reads: Counter[int]
+    writes: Counter[int]
+    tests_nan: bool
+
+    @property
+    def moved_bytes(self) -> int:
+        """Read and written."""
+        return self.reads.total() + self.writes.total()
+
+
+def inspect(program: Program, tiling: Tiling) -> Kernel:
+    """The one kernel of ``program``, whose tiles are those of ``tiling``."""
+    (launch,) = _LAUNCH.findall(program.launches)
+    programs, threads = int(launch[1]) * int(launch[2]) * int(launch[3]), int(launch[4])
+    log, loops = _assemble(program.ptx), _loops(program.ptx)
+    moved: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
+    for access in _ACCESS.finditer(program.ptx):
+        predicate, kind, vector, bits = access.groups()
+        width = int(vector or 1) * int(bits) // 8
+        rounds = tiling.loops if any(start < access.start() < end for start, end in loops) else 1
+        one_a_channel = kind == "st" and predicate and not _has_masks(tiling)
+        moved[kind][width] += programs * width * rounds * (tiling.columns if one_a_channel else threads)
+    return Kernel(
+        registers=int(re.findall(r"Used (\d+) registers", log)[0]),
+        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        shared_bytes=int(launch[5]),
+        reads=moved["ld"],
+        writes=moved["st"],
+        tests_nan="setp.nan.f32" in program.ptx,
+    )
+
+
+def _has_masks(tiling: Tiling) -> bool:
+    return tiling.ragged or tiling.padded_pixels != tiling.pixels
+
+
+def _loops(ptx: str) -> list[tuple[int, int]]:
+    """Where loops begin and end: at a label, and at the jump back to it."""
+    labels = {label[1]: label.start() for label in _LABEL.finditer(ptx)}
+    jumps = [(labels[jump[1]], jump.start()) for jump in _JUMP.finditer(ptx)]
+    return [(start, end) for start, end in jumps if start < end]
+
+
+def _assemble(ptx: str) -> str:
+    """What ``ptxas -v`` says."""
+    spec = importlib.util.find_spec("nvidia")
+    found = [Path(place) / "cuda_nvcc/bin/ptxas" for place in (spec.submodule_search_locations or [])] if spec else []
+    ptxas = next((str(path) for path in found if path.exists()), shutil.which("ptxas"))
+    if ptxas is None:
+        raise ImportError("there is no ptxas: pip install 'granq-jax[gpu-check]'")
+    (target,) = re.findall(r"^\.target (\w+)", ptx, re.M)
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "kernel.ptx")
+        source.write_text(ptx)
+        command = [ptxas, "-v", "--gpu-name", target, str(source), "-o", str(Path(directory, "kernel.cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
