@@ -1,7 +1,8 @@
-"""The kernel in interpret mode against its reference and XLA's form, and its lowering for GPUs."""
+"""The fused kernel in interpret mode against its reference; its lowering for GPUs."""
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,118 +11,139 @@ from granq_jax.kernels import sample_channel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granq_jax import QuantSpec, create_model, fake_quant, quantize
+from granq_jax import create_model
+from granq_jax.models.layers import NormAct
+from tests.kernels.levels import DTYPES, assert_same_levels, normal
 
-SHAPES = [(2, 7, 7, 3), (3, 1, 1, 24), (2, 32, 32, 16), (1, 5, 9, 144), (1, 112, 112, 3), (1, 130, 129, 5)]
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-
-
-def normal(shape, dtype, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def assert_same_levels(y, expected, x, bits):
-    """Equal to rounding, but for a value near a tie, which may take the neighbouring level."""
-    assert y.dtype == expected.dtype
-    assert y.shape == expected.shape
-    rounding = 2 * float(jnp.finfo(y.dtype).eps)
-    y, expected, x = (np.asarray(a, np.float32) for a in (y, expected, x))
-    level = (x.max((1, 2), keepdims=True) - x.min((1, 2), keepdims=True)) / (2**bits - 1)
-    difference = np.abs(y - expected) - rounding * np.abs(expected) - 1e-7
-    assert (difference > 0).sum() <= max(1, difference.size // 1000)
-    assert (difference <= 1.01 * level).all()
+# Tiles that divide and that do not, channels that do not, and images that take two sweeps.
+SHAPES = [(2, 7, 7, 3), (3, 1, 1, 24), (2, 32, 32, 16), (1, 5, 9, 144), (1, 7, 7, 960), (1, 130, 129, 5)]
+NETWORKS = [("resnet20_cifar10", 32), ("resnet18", 224), ("resnet50", 224), ("mobilenetv2_w1", 224)]
 
 
+def epilogue_parts(shape, dtype, norm, residual, seed=1):
+    parts = {}
+    if norm:
+        # Powers of two and few digits: products and sums are exact, whether or not they are contracted.
+        random = np.random.default_rng(seed)
+        factor, shift = 2.0 ** random.integers(-2, 3, shape[-1]), random.integers(-8, 9, shape[-1]) / 8
+        parts["norm"] = jnp.asarray([factor, shift], jnp.float32)
+    if residual:
+        parts["residual"] = normal(shape, dtype, seed)
+    return parts
+
+
+def assert_kernel_is_reference(x, bits, norm=False, residual=False, activation=None):
+    parts = epilogue_parts(x.shape, x.dtype, norm, residual)
+    y = sample_channel.fake_quant(x, bits, **parts, activation=activation, interpret=True)
+    v = x.astype(jnp.float32)
+    if norm:
+        v = v * parts["norm"][0][None, None, None] + parts["norm"][1][None, None, None]
+    if residual:
+        v = v + parts["residual"].astype(jnp.float32)
+    v = np.maximum(v, 0) if activation else v
+    v = np.minimum(v, 6) if activation == "relu6" else v
+    return assert_same_levels(y, sample_channel.reference(x, bits, **parts, activation=activation), v, bits)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 7, 7, 3), "float32"), ((1, 7, 7, 24), "bfloat16")])
+def test_values(shape, dtype):
+    assert_kernel_is_reference(normal(shape, dtype), 3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values(shape, dtype):
-    x = normal(shape, dtype)
-    for bits in (2, 3, 8):
-        y = fake_quant(x, bits=bits, impl="pallas_interpret")
-        assert_same_levels(y, sample_channel.reference(x, bits), x, bits)
-        assert_same_levels(y, fake_quant(x, bits=bits, impl="xla"), x, bits)
+def test_values_of_more_shapes(shape, dtype):
+    assert_kernel_is_reference(normal(shape, dtype), 3)
 
 
+@pytest.mark.parametrize(
+    ("bits", "norm", "residual", "activation"), [(2, True, True, "relu"), (8, True, False, "relu6")]
+)
+def test_what_comes_before_is_fused(bits, norm, residual, activation):
+    assert_kernel_is_reference(normal((2, 7, 5, 20)), bits, norm, residual, activation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("residual", "activation"), [(True, "relu"), (False, "relu6"), (True, None)])
+@pytest.mark.parametrize("shape", [(2, 7, 5, 20), (1, 130, 129, 5)])
+def test_what_comes_before_is_fused_in_any_combination(shape, bits, norm, residual, activation):
+    assert_kernel_is_reference(normal(shape), bits, norm, residual, activation)
+
+
+@pytest.mark.slow
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 40)),
     bits=st.integers(2, 8),
     dtype=st.sampled_from(DTYPES),
+    norm=st.booleans(),
+    residual=st.booleans(),
+    activation=st.sampled_from([None, "relu", "relu6"]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=12)
-def test_drawn_shapes(shape, bits, dtype, seed):
-    x = normal(shape, dtype, seed)
-    y = sample_channel.fake_quant(x, bits, interpret=True)
-    expected = sample_channel.reference(x, bits)
-    constant = np.asarray(jnp.max(x, (1, 2)) == jnp.min(x, (1, 2)))[:, None, None, :]
-    assert_same_levels(jnp.where(constant, x, y), jnp.where(constant, x, expected), x, bits)
-    np.testing.assert_allclose(
-        np.where(constant, y, 0).astype(np.float32), np.where(constant, x, 0).astype(np.float32), rtol=1e-2, atol=1e-8
-    )
+@settings(max_examples=40)
+def test_drawn_cases(shape, bits, dtype, norm, residual, activation, seed):
+    assert_kernel_is_reference(normal(shape, dtype, seed), bits, norm, residual, activation)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 3, 4), (1, 130, 129, 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "size"), NETWORKS)
+def test_every_activation_of_the_networks(network, size):
+    """Batches of one: float32 exactly, how often at a tie is printed; bfloat16 to a level."""
+    found = {}
+
+    def note(next_call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, NormAct) and context.method_name == "__call__" and module.activation:
+            found[args[0].shape, len(args) > 1 and args[1] is not None, module.activation] = None
+        return next_call(*args, **kwargs)
+
+    model, images = create_model(network), jnp.zeros((1, size, size, 3))
+    with nn.intercept_methods(note):
+        jax.eval_shape(model.init, jax.random.key(0), images)
+    assert found
+    flipped = elements = 0
+    for shape, residual, activation in found:
+        flipped += assert_kernel_is_reference(normal(shape), 3, True, residual, activation)
+        elements += np.prod(shape)
+        assert_kernel_is_reference(normal(shape, "bfloat16"), 3, True, residual, activation)
+    print(f"{network}: {flipped} of {elements} values at a tie have the neighbouring level")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 4), (1, 192, 192, 4)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_bad_value_spoils_its_own_channel_only(shape, bad):
-    x = np.array(normal(shape, jnp.float32))
+    kernel = jax.jit(partial(sample_channel.fake_quant, bits=3, interpret=True))
+    x = np.array(normal(shape))
     x[..., 1] = 0.7
-    clean = np.array(sample_channel.fake_quant(jnp.asarray(x), 3, interpret=True))
+    clean = np.array(kernel(jnp.asarray(x)))
     np.testing.assert_allclose(clean[..., 1], 0.7, rtol=1e-6)
     x[0, -1, 0, 3] = bad
-    y = np.array(sample_channel.fake_quant(jnp.asarray(x), 3, interpret=True))
+    y = np.array(kernel(jnp.asarray(x)))
     assert not np.isfinite(y[0, :, :, 3]).any()
     y[0, :, :, 3] = clean[0, :, :, 3]
     np.testing.assert_array_equal(y, clean)
 
 
-def test_rounding_is_half_to_even():
-    v = jnp.array([-2.5, -1.5, -0.5, -0.3, 0.5, 1.5, 2.5, 7.49, 2.0**22 + 0.5, 2.0**23 + 1, 7e8, -7e8])
-    np.testing.assert_array_equal(sample_channel._round_half_to_even(v), jnp.round(v))
-
-
-@pytest.mark.parametrize("impl", ["auto", "pallas_interpret"])
-def test_gradients(impl):
-    x, cotangent = normal((2, 5, 3, 6), jnp.float32), normal((2, 5, 3, 6), jnp.float32, 1)
-    _, pull_back = jax.vjp(jax.jit(partial(fake_quant, bits=3, impl=impl)), x)
-    np.testing.assert_array_equal(pull_back(cotangent)[0], cotangent)
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_an_activation_keeps_nan(activation):
+    x = jnp.array([[[[np.nan, -1.0]], [[2.0, 9.0]]]])
+    y = sample_channel.fake_quant(x, 2, activation=activation, interpret=True)
+    assert np.isnan(y[..., 0]).all()
+    np.testing.assert_allclose(y[0, :, 0, 1], [0, 6 if activation == "relu6" else 9], rtol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 7, 7, 3), (1, 130, 129, 5)])
 def test_it_lowers_for_gpus(platform, dtype, shape):
-    x = jax.ShapeDtypeStruct(shape, dtype)
-    lowered = jax.jit(partial(fake_quant, bits=3)).trace(x).lower(lowering_platforms=(platform,))
-    assert "triton" in lowered.as_text()
+    x, norm = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((2, shape[-1]), jnp.float32)
 
+    def fused(x, norm, residual):
+        return sample_channel.fake_quant(x, 3, norm=norm, residual=residual, activation="relu6")
 
-def test_auto_takes_the_kernel_for_gpus_only_and_only_where_it_applies():
-    x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
-
-    def text(platform, **kwargs):
-        traced = jax.jit(partial(fake_quant, bits=3, **kwargs)).trace(x)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
-
-    assert "triton" not in text("cpu")
-    assert "triton" not in text("cuda", impl="xla")
-    assert "triton" not in text("cuda", granularity="tensor")
-    assert "triton" in text("cuda", impl="pallas")
-
-
-def test_tiles_fit_and_are_powers_of_two():
-    for pixels in (1, 49, 64, 196, 784, 1024, 3136, 12544, 50176):
-        for channels in (1, 3, 16, 24, 64, 144, 960, 2048):
-            rows, columns = sample_channel.tile_shape(pixels, channels)
-            assert rows * columns <= sample_channel.TILE_ELEMENTS
-            assert rows & (rows - 1) == columns & (columns - 1) == 0
-
-
-def test_a_student_is_the_same_with_the_kernel():
-    model = create_model("resnet8_digits")
-    images = normal((4, 8, 8, 1), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    by_xla, by_kernel = (
-        jax.jit(quantize(model, QuantSpec(), impl=impl).apply)(variables, images)
-        for impl in ("xla", "pallas_interpret")
-    )
-    np.testing.assert_allclose(by_kernel, by_xla, rtol=0.1, atol=0.1)  # a flipped level carries on
+    text = jax.jit(fused).trace(x, norm, x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(sample_channel.NAME) > 0
+    assert "triton" in text
