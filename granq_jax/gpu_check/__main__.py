@@ -86,7 +86,7 @@ def _kernels_table(rows: Iterable[Row]) -> str:
         *(f"registers {gpu}" for gpu in GPUS),
         "spills",
         "shared KB",
-        "16-byte accesses",
+        "moved 16 bytes at a time",
         "moved / least",
         "µs at 3 TB/s",
     )
