@@ -1,0 +1,129 @@
+"""Runs that are stopped, killed and damaged, and go on as if nothing had been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from granq_jax import load_config
+from granq_jax.build import make_trainer
+from granq_jax.checkpoint import Checkpoints
+from granq_jax.teachers import load_teacher
+
+# What a run measures of itself: time, memory.
+MEASURED = ("seconds_per_step", "compile_seconds", "peak_rss_mb")
+SETTINGS = {
+    **{"epochs": 8, "steps_per_epoch": 20, "warmup_epochs": 2, "decay_epochs": (5,), "batch_size": 16},
+    **{"eval_every_epochs": 3, "checkpoint_every_epochs": 1, "log_every_steps": 7},
+    **{"teacher_training.epochs": 4},
+}
+
+
+def command(workdir, *arguments, **settings):
+    settings = {f"--config.{key}={value}" for key, value in (SETTINGS | settings).items()}
+    return [
+        sys.executable,
+        "-m",
+        "granq_jax.main",
+        "--config=digits_w3a3",
+        f"--workdir={workdir}",
+        *settings,
+        *arguments,
+    ]
+
+
+def complete(workdir, *arguments, status=0, **settings):
+    """Runs the command to its end, and returns what it said."""
+    process = subprocess.run(
+        command(workdir, *arguments, **settings), capture_output=True, text=True, timeout=300, env=environment()
+    )
+    assert process.returncode == status, process.stderr
+    return process.stderr
+
+
+def environment():
+    # Restarts share compiled programs, as they do by default.
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+
+
+def newest(workdir):
+    config = load_config(workdir / "config.json")
+    like = jax.eval_shape(make_trainer(config).init, load_teacher(config, workdir))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.newest(like)
+
+
+def assert_equal_runs(ours, theirs):
+    """Everything but time is equal, bit for bit."""
+    a, b = newest(ours), newest(theirs)
+    assert a.step == b.step
+    jax.tree.map(np.testing.assert_array_equal, a.state, b.state)
+    lines = []
+    for workdir in (ours, theirs):
+        result = json.loads((workdir / "result.json").read_text())
+        metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        seconds = [line.pop("seconds") for line in metrics if "seconds" in line]
+        assert seconds == sorted(seconds)
+        lines.append((metrics, {key: value for key, value in result.items() if key not in MEASURED}))
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    complete(workdir)
+    return workdir
+
+
+def lines_in(workdir):
+    """Lines of metrics, those of the teacher's training included: how far a run is."""
+    logs = [workdir / "teacher_training" / "metrics.jsonl", workdir / "metrics.jsonl"]
+    return sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
+
+
+def kill(workdir, signum, lines, delay):
+    """Runs until so many lines are written and ``delay`` seconds more, or for ``None`` to the writing of a checkpoint."""
+    with (workdir.parent / "stderr").open("w+") as stderr:
+        process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=stderr, env=environment())
+        while process.poll() is None and not (workdir / "run.lock").exists():
+            time.sleep(0.001)
+        while process.poll() is None and lines_in(workdir) < lines:
+            time.sleep(0.001)
+        if delay is not None:
+            time.sleep(delay)
+        else:
+            while process.poll() is None and not any((workdir / "checkpoints").glob("*tmp*")):
+                time.sleep(0.001)
+        process.send_signal(signum)
+        status = process.wait(60)
+        stderr.seek(0)
+        return status, stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_killed_at_five_random_moments_ends_as_if_it_never_was(undisturbed, tmp_path, signum):
+    seed = random.randrange(2**32)
+    random_moments = random.Random(seed)
+    workdir = tmp_path / "run"
+    for i in range(5):
+        lines = int(lines_in(undisturbed) * (i + random_moments.random()) / 5)
+        delay = None if i == 3 else random_moments.uniform(0, 0.5)
+        status, said = kill(workdir, signum, lines, delay)
+        last = "".join(said.splitlines()[-1:])
+        print(f"seed {seed}, kill {i} at {lines_in(workdir)} lines: {status} {last}")
+        if signum == signal.SIGTERM and status == 128 + signum:
+            assert last.startswith("interrupted by SIGTERM")
+        else:  # the last one may come too late
+            assert status == (-signum if signum == signal.SIGKILL else 0) or (
+                i == 4 and (workdir / "result.json").exists()
+            )
+    print(complete(workdir).splitlines()[-1])
+    assert_equal_runs(workdir, undisturbed)
