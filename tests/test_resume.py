@@ -19,9 +19,9 @@ from granq_jax.teachers import load_teacher
 # What a run measures of itself: time, memory.
 MEASURED = ("seconds_per_step", "compile_seconds", "peak_rss_mb")
 SETTINGS = {
-    **{"epochs": 8, "steps_per_epoch": 20, "warmup_epochs": 2, "decay_epochs": (5,), "batch_size": 16},
-    **{"eval_every_epochs": 3, "checkpoint_every_epochs": 1, "log_every_steps": 7},
-    **{"teacher_training.epochs": 4},
+    **{"epochs": 5, "steps_per_epoch": 12, "warmup_epochs": 1, "decay_epochs": (3,), "batch_size": 16},
+    **{"eval_every_epochs": 2, "checkpoint_every_epochs": 1, "log_every_steps": 5},
+    **{"teacher_training.epochs": 3},
 }
 
 
@@ -101,7 +101,7 @@ def test_a_run_killed_at_five_random_moments_ends_as_if_it_never_was(undisturbed
     workdir = tmp_path / "run"
     for i in range(5):
         lines = int(lines_in(undisturbed) * (i + random_moments.random()) / 5)
-        delay = None if i == 3 else random_moments.uniform(0, 0.5)
+        delay = None if i == 3 else random_moments.uniform(0, 0.3)
         status, said = kill(workdir, signum, lines, delay)
         last = "".join(said.splitlines()[-1:])
         print(f"seed {seed}, kill {i} at {lines_in(workdir)} lines: {status} {last}")
