@@ -2,10 +2,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer, create_model
-from granq_jax.joint_run import JointRun, zero_shot_quantize
+from granq_jax.joint_run import JointRun, NonFiniteError, zero_shot_quantize
 from granq_jax.step import sample_noise
 from tests.conftest import one_line_error
 
@@ -116,8 +117,62 @@ def test_a_generator_for_another_number_of_classes_is_refused(teacher):
         run.advance(warmup=True)
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}])
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}, {"on_nonfinite": "go"}]
+)
 def test_bad_trainers_are_refused(changes):
     ((field, value),) = changes.items()
     with one_line_error(ValueError, f"Trainer.{field}", str(value)):
         make_trainer(**changes)
+
+
+def test_a_step_that_is_not_finite_is_named(teacher):
+    fast = OptimizerSettings(steps_per_epoch=3, warmup_epochs=1, generator_lr=1e38)
+    run = JointRun(make_trainer(optimizers=fast), teacher, jax.local_devices())
+    losses = [jax.device_get(run.advance(warmup=True)) for _ in range(3)]
+    first = 1 + next(i for i, terms in enumerate(losses) if not np.isfinite(list(terms.values())).all())
+    (term, *_) = [name for name in ("hinge", "onehot", "bns") if not np.isfinite(losses[first - 1][name])]
+    with one_line_error(NonFiniteError, f"step {first}: the loss term {term} is not finite"):
+        run.check()
+    with one_line_error(NonFiniteError, f"step {first}: "):
+        zero_shot_quantize(make_trainer(optimizers=fast), teacher, epochs=2)
+
+
+def test_a_parameter_that_is_not_finite_is_named(teacher):
+    too_fast = OptimizerSettings(steps_per_epoch=2, warmup_epochs=0, student_lr=float("inf"))
+    run = JointRun(make_trainer(optimizers=too_fast), teacher, jax.local_devices())
+    metrics = jax.device_get(run.advance(warmup=False))
+    assert np.isfinite([metrics[name] for name in ("loss_g", "loss_s")]).all()
+    with one_line_error(NonFiniteError, "step 1: a parameter of the student is not finite"):
+        run.check()
+
+
+def test_a_step_that_is_not_finite_is_left_out(teacher):
+    fast = OptimizerSettings(steps_per_epoch=2, warmup_epochs=0, generator_lr=1e38)
+    run = JointRun(make_trainer(optimizers=fast, on_nonfinite="skip"), teacher, jax.local_devices())
+    run.advance(warmup=False)
+    assert run.check() == []
+    before = jax.device_get(run.state)
+    run.advance(warmup=False)
+    (skipped,) = run.check()
+    assert skipped.step == 2
+    after = jax.device_get(run.state)
+    assert after.step == before.step + 1 == 2
+    for name in ("generator", "student"):
+        chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
+    moments = [optax.tree.get(state.generator_opt, "mu") for state in (before, after)]
+    chex.assert_trees_all_equal(*moments)
+    assert run.check() == []
+
+
+def test_steps_go_on_from_a_state(teacher):
+    trainer = make_trainer()
+    whole = JointRun(trainer, teacher, jax.local_devices())
+    whole.advance(warmup=True)
+    half = jax.tree.map(np.array, jax.device_get(whole.state))
+    whole.advance(warmup=False)
+    rest = JointRun(trainer, teacher, jax.local_devices(), half)
+    assert rest.step == 1
+    rest.advance(warmup=False)
+    assert rest.step == whole.step == 2
+    chex.assert_trees_all_equal(jax.device_get(rest.state), jax.device_get(whole.state))

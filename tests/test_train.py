@@ -1,6 +1,9 @@
 """Whole runs of a few steps, and what they leave behind."""
 
+import contextlib
 import json
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -13,9 +16,12 @@ from granq_jax.build import make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.data import load_split
 from granq_jax.evaluate import evaluate_run, float_accuracy
+from granq_jax.joint_run import JointRun
+from granq_jax.stopping import Interrupted, RunError
 from granq_jax.torch_import import torch_name
 from granq_jax.trainer import TrainState
 from tests.conftest import one_line_error
+from tests.test_checkpoint import largest_file
 
 RESULT = {
     *("dataset", "eval_examples", "network", "weight_bits", "act_bits", "weight_granularity", "act_granularity"),
@@ -38,6 +44,13 @@ def tiny_config(**changes):
 
 def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_like(config):
+    trainer = make_trainer(config)
+    return jax.eval_shape(
+        lambda: trainer.init(trainer.model.init(jax.random.key(0), np.ones((1, 8, 8, 1), np.float32)))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +92,12 @@ def test_the_trace(finished):
     assert "json.gz" in names  # Perfetto
 
 
+def without_seconds(workdir):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics_of(workdir)]
+
+
 def test_a_run_is_reproducible(finished, tmp_path):
     train_and_evaluate(tiny_config(), tmp_path)
-
-    def without_seconds(workdir):
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics_of(workdir)]
-
     assert without_seconds(tmp_path) == without_seconds(finished[0])
 
 
@@ -103,11 +116,8 @@ def test_a_finished_run_is_evaluated(finished):
 
 def test_a_student_checkpoint_loads_into_the_float_model(finished):
     trainer = make_trainer(tiny_config())
-    like = jax.eval_shape(
-        lambda: trainer.init(trainer.model.init(jax.random.key(0), np.ones((1, 8, 8, 1), np.float32)))
-    )
     with Checkpoints(finished[0], read_only=True) as checkpoints:
-        state = checkpoints.newest(like).state
+        state = checkpoints.newest(state_like(tiny_config())).state
     assert isinstance(state, TrainState)
     assert int(state.step) == 12
     accuracy = float_accuracy(trainer.model, load_split("digits", "test"), 120, jax.local_devices())
@@ -121,6 +131,129 @@ def test_the_size_of_evaluation_batches_does_not_matter(finished):
     # But for a value so near a rounding boundary that another program takes the other level.
     one_image = 100 / 360
     assert evaluate_run(config, workdir)["student_top1"] == pytest.approx(result["student_top1"], abs=1.01 * one_image)
+
+
+@contextlib.contextmanager
+def at_step(number, action):
+    """Calls ``action`` within the step ``number`` of a run."""
+    advance = JointRun.advance
+
+    def advance_and_act(self, warmup):
+        metrics = advance(self, warmup)
+        if self.step == number:
+            action()
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JointRun, "advance", advance_and_act)
+        yield
+
+
+def assert_equal_runs(ours, theirs):
+    """Parameters, optimizer states and all that was written, but for time and memory."""
+    states, records = [], []
+    like = state_like(tiny_config())
+    for workdir in (ours, theirs):
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            states.append(checkpoints.newest(like))
+        result = json.loads((workdir / "result.json").read_text())
+        measured = ("seconds_per_step", "compile_seconds", "peak_rss_mb")
+        records.append(({k: v for k, v in result.items() if k not in measured}, without_seconds(workdir)))
+    assert states[0].step == states[1].step
+    jax.tree.map(np.testing.assert_array_equal, states[0].state, states[1].state)
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize(("signum", "status", "step"), [(signal.SIGTERM, 143, 7), (signal.SIGINT, 130, 4)])
+def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, signum, status, step):
+    with (
+        at_step(step, lambda: signal.raise_signal(signum)),
+        pytest.raises(Interrupted, match=f"step {step}, which is saved") as caught,
+    ):
+        train_and_evaluate(tiny_config(), tmp_path)
+    assert caught.value.exit_status == status
+    assert not (tmp_path / "result.json").exists()
+    before = (tmp_path / "config.json").read_bytes()
+    with one_line_error(ValueError, "config.student.lr", "0.5", "0.001"):
+        train_and_evaluate(tiny_config(**{"student.lr": 0.5}), tmp_path)
+    if step > 4:
+        with one_line_error(ValueError, "config.epochs", "got 1", f"{step} steps", "from 2"):
+            train_and_evaluate(tiny_config(**{"epochs": 1, "profile.steps": 0, "decay_epochs": (2,)}), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    train_and_evaluate(tiny_config(), tmp_path)
+    assert_equal_runs(tmp_path, finished[0])
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, caplog):
+    config = tiny_config(**{"checkpoint_every_epochs": 1})
+    with at_step(10, _out_of_memory), pytest.raises(MemoryError):  # ends it at once, as a kill does
+        train_and_evaluate(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+    for path in (tmp_path / "checkpoints" / "8").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    train_and_evaluate(config, tmp_path)
+    assert "checkpoint of step 8" in caplog.text
+    assert_equal_runs(tmp_path, finished[0])
+
+
+def _out_of_memory():
+    raise MemoryError
+
+
+def test_a_finished_run_returns_its_result_and_can_be_made_longer(finished, tmp_path, monkeypatch):
+    workdir, result = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(granq_jax.train, "JointRun", None)
+        assert train_and_evaluate(tiny_config(), workdir) == result
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    with one_line_error(ValueError, "workdir", str(workdir), "already holds a run", "--overwrite"):
+        train_and_evaluate(tiny_config(resume=False), workdir)
+    shutil.copytree(workdir, tmp_path / "run")
+    longer = train_and_evaluate(tiny_config(epochs=4), tmp_path / "run")
+    assert longer["steps"] == 16
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_a_run_goes_on_with_its_own_teacher_only(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    other = flatten_dict(load_torch("resnet8_digits", finished[0] / "teacher.safetensors"), sep="/")
+    np.savez(tmp_path / "other.npz", **{torch_name("resnet8_digits", tuple(k.split("/"))): v for k, v in other.items()})
+    config = tiny_config(epochs=4, teacher=str(tmp_path / "other.npz"))
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with one_line_error(ValueError, "config.teacher", "other.npz", "--overwrite"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+@pytest.fixture
+def diverging(finished):
+    """Settings by which the generator's second step is not finite."""
+    settings = {"generator.lr": 1e38, "eval": "none", "profile.steps": 0, "log_every_steps": 1}
+    return tiny_config(**settings, teacher=str(finished[0] / "teacher.safetensors"))
+
+
+def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(diverging, tmp_path):
+    with one_line_error(RunError, "step 2: ", "not finite", "newest checkpoint is of step 0", "on_nonfinite=skip"):
+        train_and_evaluate(diverging, tmp_path)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    diverging.on_nonfinite = "skip"  # which the run may go on with
+    result = train_and_evaluate(diverging, tmp_path)
+    assert result["skipped_steps"] == 11
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 13))
+
+
+def test_a_full_disk_ends_a_run(finished, tmp_path):
+    config = tiny_config(**{"eval": "none", "profile.steps": 0, "teacher": str(finished[0] / "teacher.safetensors")})
+    with (
+        contextlib.ExitStack() as disk,
+        at_step(6, lambda: disk.enter_context(largest_file(100))),
+        one_line_error(RunError, str(tmp_path), "File too large"),
+    ):
+        train_and_evaluate(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    assert train_and_evaluate(config, tmp_path)["steps"] == 12
 
 
 def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished):
