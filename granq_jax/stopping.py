@@ -61,7 +61,9 @@ class Interruption:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """SIGTERM and SIGINT raise :class:`Interrupted` within; outside the main thread nothing changes.
+    """SIGTERM and SIGINT raise :class:`Interrupted` within, unless they are ignored.
+
+    Outside the main thread nothing changes, since signals come to that one.
 
     Example:
       >>> try:
@@ -77,9 +79,13 @@ def interruptible() -> Iterator[Interruption]:
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
-    before = {signum: signal.signal(signum, interruption._handle) for signum in _SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    # A shell starts what runs in its background with SIGINT ignored, which is to stay so.
+    caught = [signum for signum, handler in before.items() if handler is not signal.SIG_IGN]
+    for signum in caught:
+        signal.signal(signum, interruption._handle)
     try:
         yield interruption
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum in caught:
+            signal.signal(signum, before[signum] or signal.SIG_DFL)

@@ -21,6 +21,7 @@ from granq_jax.data import load_split
 from granq_jax.models.registry import create_model
 from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
 from granq_jax.record import write_json
+from granq_jax.splits import Split
 from granq_jax.torch_import import load_torch
 from granq_jax.trainer import Variables
 
@@ -91,6 +92,14 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
 
 
+def check_new_teacher(config: ConfigDict, workdir: Path) -> None:
+    """Raises as :func:`load_teacher` would, where no teacher has been trained yet; writes nothing."""
+    if config.teacher == TRAIN_A_TEACHER:
+        _training_split(config)
+    else:
+        load_teacher(config, workdir)
+
+
 def _bundled_networks() -> list[str]:
     return sorted(path.stem for path in _BUNDLE.glob("*.safetensors"))
 
@@ -105,9 +114,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
       ValueError: if the data set cannot be had, or the directory holds a training with other settings.
       RunError: if a checkpoint cannot be written, or none of those there can be read.
     """
-    split = load_split(config.dataset, "train", config.data_dir)
-    settings = _pretrain_settings(config)
-    check_batches(settings, split, jax.local_devices())
+    split, settings = _training_split(config), _pretrain_settings(config)
     directory = workdir / TEACHER_TRAINING
     if (directory / _SETTINGS).exists():
         _check_same_settings(config, workdir)
@@ -139,6 +146,12 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
     seconds = time.monotonic() - start
     save_variables(workdir / TRAINED_TEACHER, variables)
     return variables, seconds
+
+
+def _training_split(config: ConfigDict) -> Split:
+    split = load_split(config.dataset, "train", config.data_dir)
+    check_batches(_pretrain_settings(config), split, jax.local_devices())
+    return split
 
 
 def _pretrain_settings(config: ConfigDict) -> PretrainSettings:

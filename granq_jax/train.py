@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints, digest
-from granq_jax.config import check_config
+from granq_jax.config import TRAIN_A_TEACHER, check_config
 from granq_jax.data import load_split
 from granq_jax.evaluate import Evaluation, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun, NonFiniteError
@@ -26,7 +26,7 @@ from granq_jax.quant import effective_weight_bits
 from granq_jax.record import describe, peak_rss_mb, versions, write_json
 from granq_jax.splits import Split
 from granq_jax.stopping import Interrupted, Interruption, RunError, interruptible
-from granq_jax.teachers import check_teacher, load_teacher
+from granq_jax.teachers import check_new_teacher, check_teacher, load_teacher
 from granq_jax.trainer import Variables
 from granq_jax.workdir import METRICS, RESULT, check_workdir, finished_result, locked, note_config, remove_run
 
@@ -74,7 +74,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bo
     split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
     with interruptible() as interruption, locked(workdir):
         if overwrite:
-            remove_run(workdir)
+            check_new_teacher(config, workdir)
+            remove_run(workdir, and_teacher=config.teacher == TRAIN_A_TEACHER)
         check_workdir(config, workdir)  # again: another process may have been there
         finished = finished_result(config, workdir)
         if finished is not None:
@@ -86,8 +87,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bo
             saved = checkpoints.newest(jax.eval_shape(trainer.init, teacher))
             progress = Progress(teacher=digest(teacher)) if saved is None else Progress.from_json(saved.notes)
             _check_goes_on(config, workdir, 0 if saved is None else saved.step, progress, digest(teacher))
-            note_config(config, workdir)
             try:
+                note_config(config, workdir)
                 run = JointRun(trainer, teacher, devices, None if saved is None else saved.state)
                 loop = _Loop(config, workdir, run, progress, checkpoints, interruption)
                 result = loop.complete(teacher, split)
@@ -227,6 +228,7 @@ class _Loop:
                 self._progress.skipped_steps += 1
                 self._log.say(f"step {skipped.step} is left out: {skipped.what} not finite")
         except NonFiniteError as error:
+            self._checkpoints.wait()
             raise RunError(
                 f"{error}; the newest checkpoint is of step {self._checkpoints.latest_step()}. Try a lower learning "
                 "rate, or --config.on_nonfinite=skip to leave such steps out"

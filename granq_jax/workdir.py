@@ -88,11 +88,16 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def remove_run(workdir: Path) -> None:
-    """Removes what a run has written to ``workdir``, and nothing else."""
+def remove_run(workdir: Path, and_teacher: bool) -> None:
+    """Removes what a run has written to ``workdir``, and nothing else.
+
+    Args:
+      workdir: of the run.
+      and_teacher: whether to remove the teacher that it trained, too.
+    """
     own = list(_OWN_FILES)
-    if (workdir / _CONFIG).exists() and not (workdir / "teacher.json").exists():  # that is train_teacher's
-        with contextlib.suppress(ValueError):  # a damaged config.json
+    if and_teacher and not (workdir / "teacher.json").exists():  # that is of --mode train_teacher
+        with contextlib.suppress(ValueError):  # none there, or a damaged one
             if load_config(workdir / _CONFIG).teacher == TRAIN_A_TEACHER:
                 own += [TRAINED_TEACHER, TEACHER_TRAINING]
     for name in own:
@@ -105,9 +110,11 @@ def remove_run(workdir: Path) -> None:
 
 def finished_result(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """The result of the run in ``workdir`` if it has taken all its steps; ``None`` otherwise."""
-    path = workdir / RESULT
-    result = json.loads(path.read_text()) if path.exists() else None
-    return result if result and result["steps"] == config.epochs * config.steps_per_epoch else None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none there, or a damaged one: it is written again
+        result = json.loads((workdir / RESULT).read_text())
+        if result["steps"] == config.epochs * config.steps_per_epoch:
+            return result
+    return None
 
 
 def note_config(config: ConfigDict, workdir: Path) -> None:

@@ -80,6 +80,8 @@ def _flip(path):
     path.write_bytes(content)
 
 
+# Where Orbax fails to read, reads that it had begun find its event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [_truncate, _flip, lambda path: path.unlink()], ids=["truncated", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, damage, caplog):
     save_all(tmp_path / "whole", [1, 2])
@@ -107,6 +109,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, d
         shutil.rmtree(workdir)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_reader_moves_nothing(tmp_path):
     save_all(tmp_path, [1, 2])
     for path in (tmp_path / "checkpoints" / "2").rglob("d/*"):
@@ -116,6 +119,7 @@ def test_a_reader_moves_nothing(tmp_path):
     assert sorted((tmp_path / "checkpoints").rglob("*")) == before
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_a_whole_checkpoint_nothing_is_begun_anew(tmp_path):
     save_all(tmp_path, [1, 2])
     for path in (tmp_path / "checkpoints").rglob("d/*"):
@@ -125,6 +129,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(tmp_path):
     assert (tmp_path / "checkpoints" / "2").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(tmp_path):
     save_all(tmp_path, [1])
     with Checkpoints(tmp_path) as checkpoints, largest_file(50_000):
@@ -134,6 +139,7 @@ def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(tmp_path):
     assert_is(newest(tmp_path), 1)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_does_not_hide_why_a_run_ends(tmp_path):
     def interrupted():
         with Checkpoints(tmp_path) as checkpoints, largest_file(50_000):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -112,3 +113,33 @@ def test_a_run_killed_at_five_random_moments_ends_as_if_it_never_was(undisturbed
             assert came_too_late or (signum, status) == (signal.SIGKILL, -signal.SIGKILL)
     print(complete(workdir).splitlines()[-1])
     assert_equal_runs(workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    complete(workdir, epochs=2)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file size limit is to a process what a full disk is, and needs neither root nor a disk.
+    process = subprocess.run(
+        command(workdir),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limit[1])),
+    )
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "File too large" in last
+    assert "Traceback" not in process.stderr
+    assert newest(workdir).step == 24
+    complete(workdir)
+    assert_equal_runs(workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_says_where(tmp_path):
+    said = complete(tmp_path / "run", status=1, **{"generator.lr": 1e38}).splitlines()[-1]
+    assert said.startswith("error: step 2: the loss term ")
+    assert "not finite; the newest checkpoint is of step 0" in said

@@ -135,13 +135,13 @@ def test_the_size_of_evaluation_batches_does_not_matter(finished):
 
 @contextlib.contextmanager
 def at_step(number, action):
-    """Calls ``action`` within the step ``number`` of a run."""
+    """Calls ``action`` with the run as it has taken the step ``number``."""
     advance = JointRun.advance
 
     def advance_and_act(self, warmup):
         metrics = advance(self, warmup)
         if self.step == number:
-            action()
+            action(self)
         return metrics
 
     with pytest.MonkeyPatch.context() as patch:
@@ -167,7 +167,7 @@ def assert_equal_runs(ours, theirs):
 @pytest.mark.parametrize(("signum", "status", "step"), [(signal.SIGTERM, 143, 7), (signal.SIGINT, 130, 4)])
 def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, signum, status, step):
     with (
-        at_step(step, lambda: signal.raise_signal(signum)),
+        at_step(step, lambda _: signal.raise_signal(signum)),
         pytest.raises(Interrupted, match=f"step {step}, which is saved") as caught,
     ):
         train_and_evaluate(tiny_config(), tmp_path)
@@ -196,7 +196,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
     assert_equal_runs(tmp_path, finished[0])
 
 
-def _out_of_memory():
+def _out_of_memory(_):
     raise MemoryError
 
 
@@ -215,6 +215,19 @@ def test_a_finished_run_returns_its_result_and_can_be_made_longer(finished, tmp_
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(before)
 
 
+def test_what_cannot_be_begun_overwrites_nothing(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "broken.npz").write_bytes(b"broken")
+    before = sorted((tmp_path / "run").rglob("*"))
+    for changes in ({"teacher": str(tmp_path / "broken.npz")}, {"teacher_training.batch_size": 2000}):
+        with pytest.raises(ValueError, match=r"broken.npz|batch_size"):
+            train_and_evaluate(tiny_config(**changes), tmp_path / "run", overwrite=True)
+        assert sorted((tmp_path / "run").rglob("*")) == before
+    config = tiny_config(**{"eval": "none", "profile.steps": 0, "epochs": 2})
+    assert train_and_evaluate(config, tmp_path / "run", overwrite=True)["steps"] == 8
+    assert not (tmp_path / "run" / "profile").exists()
+
+
 def test_a_run_goes_on_with_its_own_teacher_only(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     other = flatten_dict(load_torch("resnet8_digits", finished[0] / "teacher.safetensors"), sep="/")
@@ -226,33 +239,35 @@ def test_a_run_goes_on_with_its_own_teacher_only(finished, tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-@pytest.fixture
-def diverging(finished):
-    """Settings by which the generator's second step is not finite."""
-    settings = {"generator.lr": 1e38, "eval": "none", "profile.steps": 0, "log_every_steps": 1}
-    return tiny_config(**settings, teacher=str(finished[0] / "teacher.safetensors"))
+def spoil_generator(run):
+    run.state = run.state.replace(generator=jax.tree.map(lambda x: x * np.inf, run.state.generator))
 
 
-def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(diverging, tmp_path):
-    with one_line_error(RunError, "step 2: ", "not finite", "newest checkpoint is of step 0", "on_nonfinite=skip"):
-        train_and_evaluate(diverging, tmp_path)
-    assert [line["step"] for line in metrics_of(tmp_path)] == [1]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
-    diverging.on_nonfinite = "skip"  # which the run may go on with
-    result = train_and_evaluate(diverging, tmp_path)
-    assert result["skipped_steps"] == 11
+def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(finished, tmp_path):
+    config = tiny_config(**{"eval": "none", "profile.steps": 0, "checkpoint_every_epochs": 1, "log_every_steps": 1})
+    config.teacher = str(finished[0] / "teacher.safetensors")
+    words = ("step 7: ", "not finite", "newest checkpoint is of step 4", "--config.on_nonfinite=skip")
+    with at_step(6, spoil_generator), one_line_error(RunError, *words):
+        train_and_evaluate(config, tmp_path)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert "4" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    config.on_nonfinite = "skip"  # which the run may go on with
+    with at_step(9, spoil_generator):
+        result = train_and_evaluate(config, tmp_path)
+    assert result["skipped_steps"] == 3  # the generator stays as it was spoiled
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 13))
+    assert metrics_of(tmp_path)[-1]["loss_g"] is None
 
 
 def test_a_full_disk_ends_a_run(finished, tmp_path):
     config = tiny_config(**{"eval": "none", "profile.steps": 0, "teacher": str(finished[0] / "teacher.safetensors")})
     with (
         contextlib.ExitStack() as disk,
-        at_step(6, lambda: disk.enter_context(largest_file(100))),
+        at_step(6, lambda _: disk.enter_context(largest_file(100))),
         one_line_error(RunError, str(tmp_path), "File too large"),
     ):
         train_and_evaluate(config, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    assert "0" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert train_and_evaluate(config, tmp_path)["steps"] == 12
 
 

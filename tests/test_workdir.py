@@ -74,10 +74,13 @@ def test_only_a_runs_own_files_are_removed(begun):
     for name in ("checkpoints/20", "profile", "teacher_training", "figures"):
         (begun / name).mkdir(parents=True)
     (begun / "teacher.json").touch()  # of --mode train_teacher
-    remove_run(begun)
+    remove_run(begun, and_teacher=True)
     left = {"notes.txt", "figures", "teacher.json", "teacher.safetensors", "teacher_training"}
     assert {path.name for path in begun.iterdir()} == left
     note_config(config_with(), begun)
     (begun / "teacher.json").unlink()
-    remove_run(begun)
+    remove_run(begun, and_teacher=False)
+    assert {path.name for path in begun.iterdir()} == left - {"teacher.json"}
+    note_config(config_with(), begun)
+    remove_run(begun, and_teacher=True)
     assert {path.name for path in begun.iterdir()} == {"notes.txt", "figures"}
