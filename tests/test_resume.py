@@ -20,8 +20,8 @@ from granq_jax.teachers import load_teacher
 # What a run measures of itself: time, memory.
 MEASURED = ("seconds_per_step", "compile_seconds", "peak_rss_mb")
 SETTINGS = {
-    **{"epochs": 5, "steps_per_epoch": 12, "warmup_epochs": 1, "decay_epochs": (3,), "batch_size": 16},
-    **{"eval_every_epochs": 2, "checkpoint_every_epochs": 1, "log_every_steps": 5},
+    **{"epochs": 5, "steps_per_epoch": 40, "warmup_epochs": 1, "decay_epochs": (3,), "batch_size": 16},
+    **{"eval_every_epochs": 2, "checkpoint_every_epochs": 1, "log_every_steps": 9},
     **{"teacher_training.epochs": 3},
 }
 
@@ -109,7 +109,7 @@ def test_a_run_killed_at_five_random_moments_ends_as_if_it_never_was(undisturbed
         if signum == signal.SIGTERM and status == 128 + signum:
             assert last.startswith("interrupted by SIGTERM")
         else:
-            came_too_late = i == 4 and (workdir / "result.json").exists()
+            came_too_late = i > 2 and (workdir / "result.json").exists()
             assert came_too_late or (signum, status) == (signal.SIGKILL, -signal.SIGKILL)
     print(complete(workdir).splitlines()[-1])
     assert_equal_runs(workdir, undisturbed)
@@ -133,7 +133,7 @@ def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(undisturbed, tm
     assert last.startswith("error: ")
     assert "File too large" in last
     assert "Traceback" not in process.stderr
-    assert newest(workdir).step == 24
+    assert newest(workdir).step == 80
     complete(workdir)
     assert_equal_runs(workdir, undisturbed)
 
