@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -42,6 +43,10 @@ def tiny_config(**changes):
     return config
 
 
+def untraced(**changes):
+    return tiny_config(**{"profile.steps": 0, **changes})
+
+
 def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -67,6 +72,7 @@ def test_the_result(finished):
     for subject in ("teacher_{}", "student_{}_before", "student_{}"):
         assert 0 <= result[subject.format("top1")] <= result[subject.format("top5")] <= 100
     assert result["best_top1"] >= result["student_top1"]
+    assert {str(result["best_step"]), "12"} <= {path.name for path in (workdir / "checkpoints").iterdir()}
     assert 3.0 < result["effective_weight_bits"] < 4.0
 
 
@@ -90,6 +96,27 @@ def test_the_trace(finished):
     names = {path.name.split(".", 1)[1] for path in (finished[0] / "profile").rglob("*.*") if path.is_file()}
     assert "xplane.pb" in names  # XProf
     assert "json.gz" in names  # Perfetto
+
+
+@pytest.mark.parametrize(
+    ("taken", "events"),
+    [
+        (range(2, 8), [("start", 4), ("stop", 6)]),
+        (range(5, 8), [("start", 5), ("stop", 6)]),  # a run that goes on within
+        (range(2, 6), [("start", 4), ("stop", 5)]),  # and one that ends within
+        (range(7, 9), []),
+    ],
+)
+def test_the_steps_that_are_traced(monkeypatch, tmp_path, taken, events):
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append(("start", run.step + 1)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop", run.step)))
+    run = types.SimpleNamespace(step=taken[0] - 1, state=())
+    with granq_jax.train._Trace(tiny_config(**{"profile.start": 3}), tmp_path) as trace:
+        for step in taken:
+            with trace.step(run):
+                run.step = step
+    assert seen == events
 
 
 def without_seconds(workdir):
@@ -170,22 +197,22 @@ def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, si
         at_step(step, lambda _: signal.raise_signal(signum)),
         pytest.raises(Interrupted, match=f"step {step}, which is saved") as caught,
     ):
-        train_and_evaluate(tiny_config(), tmp_path)
+        train_and_evaluate(untraced(), tmp_path)
     assert caught.value.exit_status == status
     assert not (tmp_path / "result.json").exists()
     before = (tmp_path / "config.json").read_bytes()
     with one_line_error(ValueError, "config.student.lr", "0.5", "0.001"):
-        train_and_evaluate(tiny_config(**{"student.lr": 0.5}), tmp_path)
+        train_and_evaluate(untraced(**{"student.lr": 0.5}), tmp_path)
     if step > 4:
         with one_line_error(ValueError, "config.epochs", "got 1", f"{step} steps", "from 2"):
-            train_and_evaluate(tiny_config(**{"epochs": 1, "profile.steps": 0, "decay_epochs": (2,)}), tmp_path)
+            train_and_evaluate(untraced(epochs=1), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
-    train_and_evaluate(tiny_config(), tmp_path)
+    train_and_evaluate(untraced(), tmp_path)
     assert_equal_runs(tmp_path, finished[0])
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, caplog):
-    config = tiny_config(**{"checkpoint_every_epochs": 1})
+    config = untraced(checkpoint_every_epochs=1)
     with at_step(10, _out_of_memory), pytest.raises(MemoryError):  # ends it at once, as a kill does
         train_and_evaluate(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
@@ -223,7 +250,7 @@ def test_what_cannot_be_begun_overwrites_nothing(finished, tmp_path):
         with pytest.raises(ValueError, match=r"broken.npz|batch_size"):
             train_and_evaluate(tiny_config(**changes), tmp_path / "run", overwrite=True)
         assert sorted((tmp_path / "run").rglob("*")) == before
-    config = tiny_config(**{"eval": "none", "profile.steps": 0, "epochs": 2})
+    config = untraced(eval="none", epochs=2)
     assert train_and_evaluate(config, tmp_path / "run", overwrite=True)["steps"] == 8
     assert not (tmp_path / "run" / "profile").exists()
 
@@ -244,7 +271,7 @@ def spoil_generator(run):
 
 
 def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(finished, tmp_path):
-    config = tiny_config(**{"eval": "none", "profile.steps": 0, "checkpoint_every_epochs": 1, "log_every_steps": 1})
+    config = untraced(eval="none", checkpoint_every_epochs=1, log_every_steps=1)
     config.teacher = str(finished[0] / "teacher.safetensors")
     words = ("step 7: ", "not finite", "newest checkpoint is of step 4", "--config.on_nonfinite=skip")
     with at_step(6, spoil_generator), one_line_error(RunError, *words):
@@ -260,7 +287,7 @@ def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(finished, tmp_p
 
 
 def test_a_full_disk_ends_a_run(finished, tmp_path):
-    config = tiny_config(**{"eval": "none", "profile.steps": 0, "teacher": str(finished[0] / "teacher.safetensors")})
+    config = untraced(eval="none", teacher=str(finished[0] / "teacher.safetensors"))
     with (
         contextlib.ExitStack() as disk,
         at_step(6, lambda _: disk.enter_context(largest_file(100))),
