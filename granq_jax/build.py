@@ -48,6 +48,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
         batch_size=config.batch_size,
         latent=config.latent,
         seed=config.seed,
+        on_nonfinite=config.on_nonfinite,
     )
 
 

@@ -2,55 +2,208 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.serialization
 import flax.traverse_util
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.flax
 
-KEPT = 2
+from granq_jax.stopping import RunError
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Saved(NamedTuple):
+    """A checkpoint: its step, the state, and what was noted beside it."""
+
+    step: int
+    state: Any
+    notes: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest ``KEPT`` of them, in ``workdir/checkpoints``."""
+    """The checkpoints of one run, in ``workdir/checkpoints``.
 
-    def __init__(self, workdir: Path):
+    Each holds a digest of all that is in it, and is used only if that is still right.
+
+    Attributes:
+      best_step: a step whose checkpoint is kept beside the newest ones; set by the caller.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
+        """Opens them.
+
+        Args:
+          workdir: of the run.
+          keep: how many of the newest are kept.
+          read_only: whether files are left as they are, by a process that does not own the run.
+        """
+        self.best_step: int | None = None
+        self._keep = keep
+        self._read_only = read_only
+        self._directory = (workdir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True),
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                create=not read_only,
+                read_only=read_only,
+                save_interval_steps=0 if read_only else 1,
+                cleanup_tmp_directories=not read_only,  # of a process that was killed
+                preservation_policy=self,
+            ),
         )
 
-    def save(self, step: int, state: Any) -> None:
-        """Saves ``state``, a pytree, as of ``step``; it goes on in the background."""
-        self._manager.save(step, args=ocp.args.StandardSave(flax.serialization.to_state_dict(state)))
+    def save(self, step: int, state: Any, notes: Mapping[str, Any] | None = None) -> None:
+        """Copies ``state``, a pytree, as of ``step``, and writes it in the background.
+
+        Nothing happens if there is a checkpoint of that step.
+
+        Args:
+          step: at least that of the newest checkpoint.
+          state: a pytree of arrays.
+          notes: anything that JSON can hold, kept beside it.
+
+        Raises:
+          RunError: if this one or the one before could not be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        # Copies: the arrays of a state may be donated to the next step while they are being written.
+        arrays = jax.tree.map(np.array, jax.device_get(flax.serialization.to_state_dict(state)))
+        notes = dict(notes or {})
+        record = {"notes": notes, "sha256": _digest(arrays, notes)}
+        self._guarded(
+            self._manager.save,
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
+        )
+
+    def check(self) -> None:
+        """Raises :class:`RunError` if it is known by now that a checkpoint could not be written."""
+        self._guarded(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Waits for what is being written; raises :class:`RunError` if that fails."""
+        self._guarded(self._manager.wait_until_finished)
 
     def latest_step(self) -> int | None:
-        """The newest step saved, ``None`` if there is none."""
+        """The step of the newest checkpoint, whole or damaged; ``None`` if there is none."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, like: Any) -> Any:
-        """The state saved at ``step``, with the structure, shapes and dtypes of ``like``."""
-        on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device),
-            flax.serialization.to_state_dict(like),
-        )
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        return flax.serialization.from_state_dict(like, restored)
+    def newest(self, like: Any) -> Saved | None:
+        """The newest checkpoint that is whole; ``None`` if there is none at all.
+
+        Newer ones that are damaged are reported, and moved to ``STEP.damaged``.
+
+        Args:
+          like: a pytree of the structure, shapes and dtypes of the state.
+
+        Raises:
+          RunError: if all checkpoints are damaged.
+        """
+        arrays = flax.serialization.to_state_dict(like)
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), arrays)
+        damaged: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                arrays, notes = self._read(step, target)
+            except Exception as error:  # damage can show in any way
+                damaged[step] = error
+                _LOGGER.warning(
+                    "checkpoint of step %d in %r is damaged, the one before it is used: %s",
+                    step,
+                    str(self._directory),
+                    _one_line(error),
+                )
+                continue
+            self._move_aside(damaged)
+            return Saved(step, flax.serialization.from_state_dict(like, arrays), notes)
+        if damaged:
+            raise RunError(
+                f"workdir: all checkpoints in {str(self._directory)!r} are damaged ({', '.join(map(str, damaged))}); "
+                "put whole ones there, or start anew with --overwrite"
+            )
+        return None
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.close()
+        """Waits for what is being written; raises :class:`RunError` if that fails."""
+        self._guarded(self._manager.close)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except RunError:
+            if exception_type is None:  # otherwise the first reason is the one to tell
+                raise
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Orbax asks which of ``checkpoints``, the oldest first, are to be kept."""
+        newest = len(checkpoints) - self._keep
+        return [i >= newest or checkpoint.step == self.best_step for i, checkpoint in enumerate(checkpoints)]
+
+    def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        record = restored.record
+        if record["sha256"] != _digest(restored.state, record["notes"]):
+            raise ValueError("its content is not what was written")
+        return restored.state, record["notes"]
+
+    def _move_aside(self, steps: Mapping[int, Exception]) -> None:
+        if self._read_only or not steps:
+            return
+        for step in steps:
+            aside = self._directory / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self._directory / str(step), aside)
+        self._manager.reload()
+
+    def _guarded(self, function: Callable, *args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except Exception as error:  # the file system's errors come out of Orbax in many types
+            raise RunError(
+                f"a checkpoint could not be written to {str(self._directory)!r}: {_one_line(error)}"
+            ) from error
+
+
+def _digest(arrays: Any, notes: Mapping[str, Any]) -> str:
+    sha256 = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for path, leaf in jax.tree.leaves_with_path(arrays):
+        sha256.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        sha256.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()
+
+
+def digest(variables: Any) -> str:
+    """SHA-256 of a pytree's names, dtypes, shapes and values.
+
+    Example:
+      >>> digest({"a": np.zeros(2)}) == digest({"a": np.zeros(2)})
+      True
+    """
+    return _digest(jax.device_get(variables), {})
+
+
+def _one_line(error: Exception) -> str:
+    """The operating system's reason where the message holds one, and otherwise its beginning."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    reason = re.search(r"No space left on device|File too large|Disk quota exceeded|Read-only file system", text)
+    return reason[0] if reason else text[:300]
 
 
 def save_variables(path: Path, variables: Any) -> None:

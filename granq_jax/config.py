@@ -24,6 +24,7 @@ from granq_jax.quant.spec import (
     PLACEMENTS,
     WEIGHT_GRANULARITIES,
 )
+from granq_jax.trainer import ON_NONFINITE
 
 TRAIN_A_TEACHER = "train"
 _CONFIGS = resources.files("granq_jax.configs")
@@ -53,6 +54,10 @@ def default_config() -> ConfigDict:
     config.eval_batch_size = 200
     config.eval_every_epochs = 10
     config.checkpoint_every_epochs = 10
+    config.keep_checkpoints = 2  # the newest so many, and
+    config.keep_best = True  # that of the best evaluation
+    config.resume = True  # go on with a run that is there already; False refuses it
+    config.on_nonfinite = "stop"  # or "skip": leave a step out whose losses or parameters are not finite
     config.log_every_steps = 20
 
     config.quant = ConfigDict()
@@ -142,7 +147,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
 def _from_json(path: Path) -> ConfigDict:
     config = default_config()
     try:
-        values = dict(_leaves(json.loads(path.read_text())))
+        values = dict(flat(json.loads(path.read_text())))
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"config: {str(path)!r} is not a run's config.json: {error}") from None
     for key, value in values.items():
@@ -217,6 +222,10 @@ CHECKS: dict[str, Check] = {
     "eval_batch_size": _whole(1),
     "eval_every_epochs": _whole(1),
     "checkpoint_every_epochs": _whole(1),
+    "keep_checkpoints": _whole(1),
+    "keep_best": _truth(),
+    "resume": _truth(),
+    "on_nonfinite": _choice(*ON_NONFINITE),
     "log_every_steps": _whole(1),
     "quant.weight_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.act_bits": _whole(MIN_BITS, MAX_BITS),
@@ -269,7 +278,7 @@ def check_config(config: ConfigDict) -> None:
       ...
       ValueError: config.quant.weight_bits: got 9, allowed are whole numbers from 2 to 8
     """
-    values = dict(_leaves(config))
+    values = dict(flat(config))
     for key in values:
         check_setting_exists(key)
     for key, (holds, allowed) in CHECKS.items():
@@ -313,9 +322,10 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of ``tree``, a config or a part of one, as (``quant.act_bits``, value)."""
     for key, value in tree.items():
         if isinstance(value, ConfigDict | dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -108,15 +108,15 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
 
 
 def _newest_student(trainer: Trainer, workdir: Path) -> tuple[int, Variables]:
-    """The step of a run's newest checkpoint, and the student in it."""
+    """The step of a run's newest checkpoint that is whole, and the student in it."""
     size, channels = trainer.generator.image_size, trainer.generator.channels
     images = jnp.zeros((1, size, size, channels), trainer.dtype)
     like = jax.eval_shape(lambda: trainer.init(trainer.model.init(jax.random.key(0), images)))
-    with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-        return step, checkpoints.restore(step, like).student
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        saved = checkpoints.newest(like)
+    if saved is None:
+        raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+    return saved.step, saved.state.student
 
 
 def percentages(subject: str, accuracy: Accuracy | None, suffix: str = "") -> dict[str, float | None]:

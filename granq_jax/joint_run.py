@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.core
 import jax
 from tqdm.auto import tqdm
 
 from granq_jax.devices import place, sample_index, settle
-from granq_jax.step import mapped_step
+from granq_jax.step import CHECKED, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables
+
+_WORDS = {name: f"the loss term {name} is" for name in CHECKED} | {
+    name: f"a parameter of the {name} is" for name in ("generator", "student")
+}
+
+
+class NonFiniteError(RuntimeError):
+    """Raised for a step with a loss or parameter that is not finite."""
+
+
+class NonFinite(NamedTuple):
+    """A step with something that is not finite: its number from 1, and what, in words."""
+
+    step: int
+    what: str
 
 
 class JointRun:
     """Joint steps over devices: state placed once, each phase compiled once.
 
     Attributes:
+      trainer: what the steps are made of.
+      devices: where they are taken.
       state: the :class:`~granq_jax.trainer.TrainState` after the last step.
+      step: steps taken, those before ``state`` was handed over included.
       compile_seconds: spent compiling so far.
     """
 
-    def __init__(self, trainer: Trainer, teacher: Variables, devices: Sequence[jax.Device]):
-        self._trainer = trainer
-        self._devices = devices
+    def __init__(
+        self, trainer: Trainer, teacher: Variables, devices: Sequence[jax.Device], state: TrainState | None = None
+    ):
+        """Prepares steps from ``state`` on, which is by default that before the first one."""
+        self.trainer = trainer
+        self.devices = devices
         self._index = place(sample_index(trainer.batch_size, devices), devices, split=True)
         self._teacher = place(flax.core.unfreeze(dict(teacher)), devices)
         self._phases: dict[bool, jax.stages.Compiled] = {}
-        self.state: TrainState = place(trainer.init(teacher), devices)
+        self.state: TrainState = place(trainer.init(teacher) if state is None else state, devices)
+        self.step = int(self.state.step)
         self.compile_seconds = 0.0
+        self._unchecked: list[jax.Array] = []
 
     def compiled(self, warmup: bool) -> jax.stages.Compiled:
         """The step of a phase, which is compiled when it is first asked for."""
         if warmup not in self._phases:
             start = time.perf_counter()
-            mapped = mapped_step(self._trainer, warmup, self._devices)
+            mapped = mapped_step(self.trainer, warmup, self.devices)
             self._phases[warmup] = mapped.lower(self.state, self._teacher, self._index).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._phases[warmup]
@@ -43,8 +67,27 @@ class JointRun:
     def advance(self, warmup: bool) -> dict[str, jax.Array]:
         """Takes a step and returns its metrics, which stay on the device until they are read."""
         self.state, metrics = self.compiled(warmup)(self.state, self._teacher, self._index)
-        settle(metrics, self._devices)
+        settle(metrics, self.devices)
+        self.step += 1
+        self._unchecked.append(metrics.pop("nonfinite"))
         return metrics
+
+    def check(self) -> list[NonFinite]:
+        """Reads what the steps since the last call found to be not finite; waits for them.
+
+        Returns:
+          The steps that were left out, where ``trainer.on_nonfinite`` is ``"skip"``.
+
+        Raises:
+          NonFiniteError: if there is any and it is ``"stop"``; it names the first one.
+        """
+        found = jax.device_get(self._unchecked)
+        first = self.step - len(found) + 1
+        self._unchecked = []
+        steps = [NonFinite(first + i, _WORDS[CHECKED[code - 1]]) for i, code in enumerate(found) if code]
+        if steps and self.trainer.on_nonfinite == "stop":
+            raise NonFiniteError(f"step {steps[0].step}: {steps[0].what} not finite")
+        return steps
 
 
 def zero_shot_quantize(
@@ -64,6 +107,8 @@ def zero_shot_quantize(
     Raises:
       ValueError: if the batch does not divide evenly over the devices, or no epoch is left after
         the warm-up.
+      NonFiniteError: for a step with a loss or parameter that is not finite, unless
+        ``trainer.on_nonfinite`` is ``"skip"``.
     """
     o = trainer.optimizers
     if type(epochs) is not int or epochs <= o.warmup_epochs:
@@ -71,4 +116,6 @@ def zero_shot_quantize(
     run = JointRun(trainer, teacher, devices or jax.local_devices())
     for step in tqdm(range(epochs * o.steps_per_epoch), unit="step", dynamic_ncols=True):
         run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
+        if run.step % o.steps_per_epoch == 0:
+            run.check()
     return jax.device_get(run.state.student)

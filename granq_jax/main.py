@@ -1,7 +1,7 @@
 """The command line.
 
 ``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--subject SUBJECT]
-[--compilation-cache DIR] [--config.KEY=VALUE ...]``
+[--overwrite] [--compilation-cache DIR] [--config.KEY=VALUE ...]``
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -19,14 +20,24 @@ from ml_collections import ConfigDict, config_flags
 from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import SUBJECTS, evaluate_run
+from granq_jax.stopping import Interrupted, RunError, interruptible
 from granq_jax.train import train_and_evaluate
 from granq_jax.train_teacher import train_teacher
 
-MODES = {"train": train_and_evaluate, "evaluate": evaluate_run, "train_teacher": train_teacher}
+MODES: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": train_and_evaluate,
+    "evaluate": evaluate_run,
+    "train_teacher": train_teacher,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one mode. Returns the exit status: 0, or 2 if what was asked for is not allowed."""
+    """Runs one mode.
+
+    Returns:
+      The exit status: 0; 2 if what was asked for is not allowed; 1 if a run failed, of which the last
+      checkpoint is left; 128 + N if signal N ended it (SIGINT 130, SIGTERM 143).
+    """
     parser = argparse.ArgumentParser(
         prog="python -m granq_jax.main",
         description="Zero-shot quantization of an image classifier.",
@@ -39,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--subject", choices=SUBJECTS, help="what is evaluated; by default the student, if there is one"
     )
+    parser.add_argument("--overwrite", action="store_true", help="start anew where there is a run, and replace it")
     parser.add_argument(
         "--compilation-cache",
         default="",
@@ -46,11 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where compiled programs are kept for later runs, or 'off'; by default in the user's cache",
     )
     options, overrides = parser.parse_known_args(argv)  # exits with 2 if they are wrong
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=True)  # libraries have made the root logger theirs
     logging.getLogger("granq_jax").setLevel(logging.INFO)
+    for noisy in ("absl", "concurrent.futures"):  # Orbax logs traces of errors that it also raises
+        logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
     try:
         if options.subject is not None and options.mode != "evaluate":
             raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
+        if options.overwrite and options.mode != "train":
+            raise ValueError("--overwrite: allowed with --mode=train only")
         if options.config is None and (options.mode != "evaluate" or options.workdir is None):
             raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
         use_compilation_cache(options.compilation_cache)
@@ -62,13 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if source is None:
             raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
         config = _overridden(load_config(source), overrides)
-        subject = {"subject": options.subject or ""} if options.mode == "evaluate" else {}
-        result = MODES[options.mode](config, workdir, **subject)
+        arguments: dict[str, Any] = {}
+        if options.mode == "evaluate":
+            arguments["subject"] = options.subject or ""
+        elif options.mode == "train":
+            arguments["overwrite"] = options.overwrite
+        with interruptible():
+            result = MODES[options.mode](config, workdir, **arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _end(f"error: {error}", 2)
+    except RunError as error:
+        return _end(f"error: {error}", 1)
+    except Interrupted as interrupted:
+        return _end(str(interrupted), interrupted.exit_status)
     print(json.dumps(result, indent=2))
     return 0
+
+
+def _end(line: str, status: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return status
 
 
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

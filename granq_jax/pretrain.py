@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from granq_jax.devices import AXIS, place, sample_index, settle
 from granq_jax.splits import Batch, Split, ahead
+from granq_jax.stopping import RunError
 from granq_jax.trainer import Variables
 
 
@@ -88,7 +89,7 @@ def pretrain(
 
     Raises:
       ValueError: as :func:`check_batches` does.
-      RuntimeError: if the loss is no longer finite.
+      RunError: if the loss is no longer finite.
     """
     devices = devices or jax.local_devices()
     check_batches(settings, split, devices)
@@ -131,7 +132,7 @@ def pretrain(
             state = _state(epoch + 1, variables, opt_state)
             mean_loss = float(np.mean(jax.device_get(losses)))
             if not math.isfinite(mean_loss):
-                raise RuntimeError(f"the teacher's loss is {mean_loss} in epoch {epoch}: its learning rate is too high")
+                raise RunError(f"the teacher's loss is {mean_loss} in epoch {epoch}: its learning rate is too high")
             bar.set_postfix(loss=f"{mean_loss:.4f}")
             after_epoch(state, mean_loss)
     return state.variables

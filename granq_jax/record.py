@@ -19,7 +19,10 @@ _PACKAGES = ("granq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    with unfinished.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 

@@ -30,6 +30,9 @@ from granq_jax.models.layers import batch_moments
 from granq_jax.quant import quantize
 from granq_jax.trainer import LossSettings, Trainer, TrainState, Variables
 
+# Loss terms, and the networks whose parameters, must be finite after a step; causes before effects.
+CHECKED = ("hinge", "onehot", "bns", "loss_g", "loss_s", "generator", "student")
+
 
 def sample_noise(trainer: Trainer, step: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Noise (n, latent) and labels (n,) of the samples ``index`` (n,) of the global batch.
@@ -149,7 +152,9 @@ def update(
 
     Returns:
       The state after the step, and the scalars ``loss_g``, ``loss_s``, ``hinge``, ``onehot``,
-      ``bns``, ``lr_g`` and ``lr_s`` of the whole batch. Both are equal on all devices.
+      ``bns``, ``lr_g`` and ``lr_s`` of the whole batch, and ``nonfinite``: 0, or the place from 1 in
+      :data:`CHECKED` of the first that is not finite. Both are equal on all devices. Where
+      ``trainer.on_nonfinite`` is ``"skip"``, such a step changes nothing but counters.
 
     Raises:
       ValueError: if the model's logits do not fit the generator's classes.
@@ -203,8 +208,13 @@ def update(
             trainer.student_optimizer, student_grads, state.student["params"], state.student_opt
         )
         state_after = state_after.replace(student={**state.student, "params": student_params}, student_opt=student_opt)
+    parameters = {"generator": generator_params, "student": state_after.student["params"]}
+    nonfinite = _first_nonfinite([(metrics | parameters)[name] for name in CHECKED])
+    if trainer.on_nonfinite == "skip":
+        state_after = jax.tree.map(partial(_keep_unless, nonfinite == 0), state, state_after)
     rates = {"lr_g": trainer.generator_schedule(state.step), "lr_s": trainer.student_schedule(state.step)}
-    return state_after, {**metrics, **{name: jnp.asarray(rate, t.dtype) for name, rate in rates.items()}}
+    rates = {name: jnp.asarray(rate, t.dtype) for name, rate in rates.items()}
+    return state_after, {**metrics, **rates, "nonfinite": nonfinite}
 
 
 def step(
@@ -238,6 +248,16 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
 
 def _mean_over_devices(tree, axis_name):
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _first_nonfinite(trees):
+    finite = jnp.stack([jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all() for tree in trees])
+    return jnp.where(finite.all(), 0, 1 + jnp.argmin(finite)).astype(jnp.int32)
+
+
+def _keep_unless(accepted, before, after):
+    """Counters move on in any case: noise and learning rates are functions of them."""
+    return jnp.where(accepted, after, before) if jnp.issubdtype(after.dtype, jnp.inexact) else after
 
 
 def _apply_gradients(optimizer, gradients, params, opt_state):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from granq_jax.data import load_split
 from granq_jax.models.registry import create_model
 from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
 from granq_jax.record import write_json
+from granq_jax.splits import Split
 from granq_jax.torch_import import load_torch
 from granq_jax.trainer import Variables
 
 BUNDLED = "bundled"
 TRAINED_TEACHER = "teacher.safetensors"
 _BUNDLE = Path(__file__).parent / "bundled"
-_TRAINING = "teacher_training"
+TEACHER_TRAINING = "teacher_training"
+_SETTINGS = "settings.json"
 
 
 def check_teacher(config: ConfigDict) -> None:
@@ -72,9 +75,14 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
         :func:`granq_jax.load_torch` do.
     """
     check_teacher(config)
+    variables: Variables
     if config.teacher == TRAIN_A_TEACHER:
         trained = workdir / TRAINED_TEACHER
-        variables = load_torch(config.network, trained) if trained.exists() else run_training(config, workdir)[0]
+        if trained.exists():
+            _check_same_settings(config, workdir)
+            variables = load_torch(config.network, trained)
+        else:
+            variables, _ = run_training(config, workdir)
     elif config.teacher == BUNDLED:
         variables = load_torch(config.network, _BUNDLE / f"{config.network}.safetensors")
     elif config.teacher in zoo.CHECKPOINTS:
@@ -82,6 +90,14 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
     else:
         variables = load_torch(config.network, config.teacher)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
+
+
+def check_new_teacher(config: ConfigDict, workdir: Path) -> None:
+    """Raises as :func:`load_teacher` would, where no teacher has been trained yet; writes nothing."""
+    if config.teacher == TRAIN_A_TEACHER:
+        _training_split(config)
+    else:
+        load_teacher(config, workdir)
 
 
 def _bundled_networks() -> list[str]:
@@ -96,19 +112,28 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
 
     Raises:
       ValueError: if the data set cannot be had, or the directory holds a training with other settings.
+      RunError: if a checkpoint cannot be written, or none of those there can be read.
     """
-    split = load_split(config.dataset, "train", config.data_dir)
-    settings = PretrainSettings(**config.teacher_training.to_dict(), seed=config.seed)
-    check_batches(settings, split, jax.local_devices())
-    directory = workdir / _TRAINING
-    _begin_or_go_on(directory, {"network": config.network, "dataset": config.dataset, **dataclasses.asdict(settings)})
+    split, settings = _training_split(config), _pretrain_settings(config)
+    directory = workdir / TEACHER_TRAINING
+    if (directory / _SETTINGS).exists():
+        _check_same_settings(config, workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / _SETTINGS, _described(config))
     log = directory / "metrics.jsonl"
+    start = time.monotonic()
     with Checkpoints(directory) as checkpoints:
-        done = checkpoints.latest_step() or 0
-        # A line may have been written for an epoch whose checkpoint was not.
-        lines = log.read_text().splitlines()[:done] if log.exists() else []
-        log.write_text("".join(f"{line}\n" for line in lines))
-        start = time.monotonic() - (json.loads(lines[-1])["seconds"] if lines else 0.0)
+
+        def go_on(initial: PretrainState) -> PretrainState:
+            nonlocal start
+            saved = checkpoints.newest(initial)
+            # A line may have been written for an epoch whose checkpoint was not.
+            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+            lines = lines[: saved.step if saved else 0]
+            log.touch()
+            os.truncate(log, sum(map(len, lines)))
+            start -= json.loads(lines[-1])["seconds"] if lines else 0.0
+            return saved.state if saved else initial
 
         def after_epoch(state: PretrainState, loss: float) -> None:
             epoch = int(state.epoch)
@@ -117,27 +142,39 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
                 file.write(json.dumps(line) + "\n")
             checkpoints.save(epoch, state)
 
-        variables = pretrain(
-            create_model(config.network),
-            split,
-            settings,
-            restore=lambda initial: checkpoints.restore(done, initial) if done else initial,
-            after_epoch=after_epoch,
-        )
+        variables = pretrain(create_model(config.network), split, settings, restore=go_on, after_epoch=after_epoch)
     seconds = time.monotonic() - start
     save_variables(workdir / TRAINED_TEACHER, variables)
     return variables, seconds
 
 
-def _begin_or_go_on(directory: Path, settings: dict[str, Any]) -> None:
-    """Notes what is trained in ``directory``; raises if something else is."""
-    path = directory / "settings.json"
-    begun = json.loads(path.read_text()) if path.exists() else settings
+def _training_split(config: ConfigDict) -> Split:
+    split = load_split(config.dataset, "train", config.data_dir)
+    check_batches(_pretrain_settings(config), split, jax.local_devices())
+    return split
+
+
+def _pretrain_settings(config: ConfigDict) -> PretrainSettings:
+    return PretrainSettings(**config.teacher_training.to_dict(), seed=config.seed)
+
+
+def _described(config: ConfigDict) -> dict[str, Any]:
+    """What a teacher in training is known by."""
+    return {"network": config.network, "dataset": config.dataset, **dataclasses.asdict(_pretrain_settings(config))}
+
+
+def _check_same_settings(config: ConfigDict, workdir: Path) -> None:
+    """Raises a ``ValueError`` unless the teacher in ``workdir`` is trained with the settings of ``config``."""
+    path, settings = workdir / TEACHER_TRAINING / _SETTINGS, _described(config)
+    if not path.exists():
+        raise ValueError(
+            f"workdir: {str(workdir)!r} holds {TRAINED_TEACHER}, but nothing says how it was trained; name it with "
+            "config.teacher, or move it away"
+        )
+    begun = json.loads(path.read_text())
     for key in settings.keys() | begun.keys():
         if settings.get(key) != begun.get(key):
             raise ValueError(
-                f"workdir: {str(directory.parent)!r} holds a teacher in training with {key} {begun.get(key)!r} instead "
+                f"workdir: {str(workdir)!r} holds a teacher trained with {key} {begun.get(key)!r} instead "
                 f"of {settings.get(key)!r}; give the same settings to go on, or another workdir"
             )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import logging
+import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +15,49 @@ import jax
 from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
-from granq_jax.checkpoint import Checkpoints
-from granq_jax.config import check_config
+from granq_jax.checkpoint import Checkpoints, digest
+from granq_jax.config import TRAIN_A_TEACHER, check_config
 from granq_jax.data import load_split
-from granq_jax.evaluate import Accuracy, float_accuracy, percentages, student_accuracy
-from granq_jax.joint_run import JointRun
+from granq_jax.evaluate import Evaluation, float_accuracy, percentages, student_accuracy
+from granq_jax.joint_run import JointRun, NonFiniteError
 from granq_jax.metrics import MetricsLog
+from granq_jax.progress import Progress
 from granq_jax.quant import effective_weight_bits
 from granq_jax.record import describe, peak_rss_mb, versions, write_json
 from granq_jax.splits import Split
-from granq_jax.teachers import TRAINED_TEACHER, check_teacher, load_teacher
+from granq_jax.stopping import Interrupted, Interruption, RunError, interruptible
+from granq_jax.teachers import check_new_teacher, check_teacher, load_teacher
 from granq_jax.trainer import Variables
+from granq_jax.workdir import METRICS, RESULT, check_workdir, finished_result, locked, note_config, remove_run
 
-_RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "checkpoints")
+_LOGGER = logging.getLogger(__name__)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Quantizes a teacher without data and says how good the student is.
 
     In ``workdir`` it leaves ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``
     (last), and where asked for ``profile/`` and the teacher it trained. Everything is checked before
     work starts.
 
+    A run that ended early, in whatever way, goes on from its last checkpoint when it is called
+    again, and ends as if it had never stopped. Of a run that is finished the result is returned.
+
     Args:
-      config: see :func:`granq_jax.config.default_config`.
-      workdir: a directory without a run in it; made if it is missing.
+      config: see :func:`granq_jax.config.default_config`. To go on, it is that of the run, but for
+        settings in :data:`granq_jax.workdir.MAY_CHANGE`.
+      workdir: a directory; made if it is missing.
+      overwrite: whether to remove a run that is there, and start anew.
 
     Returns:
       What ``result.json`` holds. Accuracies are in percent; those of a run with ``eval="none"`` are
       ``None``.
 
     Raises:
-      ValueError, TypeError, FileNotFoundError, ImportError: for a setting, teacher, data set or
-        workdir that cannot be used, before anything is written.
-      RuntimeError: if the run itself fails.
+      ValueError, OSError, ImportError: for a setting, teacher, data set or ``workdir`` that cannot be
+        used. Nothing that was there is touched.
+      RunError: if a loss or parameter is not finite, or files cannot be written.
+      Interrupted: at SIGTERM or SIGINT, when a checkpoint is written.
 
     Example::
 
@@ -56,104 +67,224 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     """
     check_config(config)
     workdir = Path(workdir)
-    _check_workdir(workdir)
+    check_workdir(config, workdir, overwrite)
     devices = jax.local_devices()
     check_devices(config, devices)
     check_teacher(config)
     split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
-    teacher = load_teacher(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", config.to_dict())
-    try:
-        result = _run(config, workdir, teacher, split, devices)
-    except (ValueError, TypeError) as error:
-        # Past the checks it is no longer the input that is wrong: let the trace be seen.
-        raise RuntimeError(f"the run in {str(workdir)!r} failed: {error}") from error
-    write_json(workdir / "result.json", result)
+    with interruptible() as interruption, locked(workdir):
+        if overwrite:
+            check_new_teacher(config, workdir)
+            remove_run(workdir, and_teacher=config.teacher == TRAIN_A_TEACHER)
+        check_workdir(config, workdir)  # again: another process may have been there
+        finished = finished_result(config, workdir)
+        if finished is not None:
+            _LOGGER.warning("the run in %r is finished: this is its result", str(workdir))
+            return finished
+        teacher = load_teacher(config, workdir)
+        trainer = make_trainer(config)
+        with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+            saved = checkpoints.newest(jax.eval_shape(trainer.init, teacher))
+            progress = Progress(teacher=digest(teacher)) if saved is None else Progress.from_json(saved.notes)
+            _check_goes_on(config, workdir, 0 if saved is None else saved.step, progress, digest(teacher))
+            try:
+                note_config(config, workdir)
+                run = JointRun(trainer, teacher, devices, None if saved is None else saved.state)
+                loop = _Loop(config, workdir, run, progress, checkpoints, interruption)
+                result = loop.complete(teacher, split)
+                write_json(workdir / RESULT, result)
+            except OSError as error:
+                raise RunError(f"workdir: {str(workdir)!r} could not be written to: {error}") from error
+            except (ValueError, TypeError) as error:
+                # Past the checks it is no longer the input that is wrong: let the trace be seen.
+                raise RuntimeError(f"the run in {str(workdir)!r} failed: {error}") from error
     return result
 
 
-def _check_workdir(workdir: Path) -> None:
-    if any((workdir / name).exists() for name in (*_RUN_FILES, TRAINED_TEACHER)):
-        raise ValueError(f"workdir: {str(workdir)!r} already holds a run; give another one, or move it away")
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"workdir: {str(workdir)!r} is a file, allowed is a directory, new or without a run in it")
-    existing = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"workdir: {str(workdir)!r} cannot be written to, allowed is a directory that can")
+def _check_goes_on(config: ConfigDict, workdir: Path, step: int, progress: Progress, teacher: str) -> None:
+    """Raises a ``ValueError`` if the run cannot go on from ``step`` with the teacher of digest ``teacher``."""
+    if progress.teacher != teacher:
+        raise ValueError(
+            f"config.teacher: got {config.teacher!r}, but its weights are not those that the run in "
+            f"{str(workdir)!r} was begun with; give that teacher, or replace the run with --overwrite"
+        )
+    if step > config.epochs * config.steps_per_epoch:
+        raise ValueError(
+            f"config.epochs: got {config.epochs}, but the run in {str(workdir)!r} has taken {step} steps; allowed are "
+            f"whole numbers from {math.ceil(step / config.steps_per_epoch)}"
+        )
 
 
-def _run(
-    config: ConfigDict, workdir: Path, teacher: Variables, split: Split | None, devices: Sequence[jax.Device]
-) -> dict[str, Any]:
-    """Trains and evaluates, with metrics and checkpoints; returns what ``result.json`` is to hold."""
-    trainer = make_trainer(config)
-    total = config.epochs * config.steps_per_epoch
-    teacher_accuracy = accuracy_before = None
-    evaluations: dict[int, Accuracy] = {}
-    with MetricsLog(workdir / "metrics.jsonl", total) as log, Checkpoints(workdir) as checkpoints:
-        if split is not None:
-            evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
-            teacher_accuracy = float_accuracy(trainer.model, split, config.eval_batch_size, devices)(teacher)
-            accuracy_before = evaluate(teacher)
-            log.say(
-                f"teacher {teacher_accuracy.top1:.2f} %, student before training {accuracy_before.top1:.2f} % top-1"
-            )
-        run = JointRun(trainer, teacher, devices)
-        windows = []
-        for step, metrics, seconds in _logged_steps(run, config, workdir / "profile"):
-            epoch, into_epoch = divmod(step, config.steps_per_epoch)
-            log.train(step, epoch, metrics)
-            windows.append(seconds)
-            if into_epoch:
-                continue
-            if split is not None and (epoch % config.eval_every_epochs == 0 or step == total):
-                evaluations[step] = evaluate(run.state.student)
-                log.evaluation(step, epoch, evaluations[step].top1)
-            if epoch % config.checkpoint_every_epochs == 0 or step == total:
-                checkpoints.save(step, run.state)
+class _Loop:
+    """Takes the steps of a run, and does what is due after each: metrics, evaluations, checkpoints."""
 
-    best_step = max(evaluations, key=lambda step: evaluations[step].top1, default=None)
-    return {
-        **describe(config),
-        "eval_examples": 0 if split is None else len(split),
-        "effective_weight_bits": effective_weight_bits(teacher["params"], trainer.spec),
-        "teacher": config.teacher,
-        **percentages("teacher", teacher_accuracy),
-        **percentages("student", accuracy_before, "_before"),
-        **percentages("student", evaluations.get(total)),
-        "best_top1": None if best_step is None else evaluations[best_step].top1,
-        "best_step": best_step,
-        "best_picked_on": None if best_step is None else "the test set",
-        "steps": total,
-        "seconds_per_step": statistics.median(windows),
-        "compile_seconds": run.compile_seconds,
-        "peak_rss_mb": peak_rss_mb(),
-        "devices": [str(device) for device in devices],
-        "versions": versions(),
-    }
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        run: JointRun,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        interruption: Interruption,
+    ):
+        self._config = config
+        self._workdir = workdir
+        self._run = run
+        self._progress = progress
+        self._checkpoints = checkpoints
+        self._interruption = interruption
+        self._total = config.epochs * config.steps_per_epoch
+        self._compiled_before = progress.compile_seconds
+
+    def complete(self, teacher: Variables, split: Split | None) -> dict[str, Any]:
+        """Takes the steps that are left; returns what ``result.json`` is to hold."""
+        config, progress, trainer, devices = self._config, self._progress, self._run.trainer, self._run.devices
+        with MetricsLog(
+            self._workdir / METRICS,
+            self._total,
+            step=self._run.step,
+            seconds=progress.seconds,
+            size=progress.metrics_size,
+        ) as self._log:
+            if self._run.step:
+                self._log.say(f"goes on after step {self._run.step} of {self._total}")
+            evaluate = None
+            if split is not None:
+                evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
+                if progress.accuracy_before is None:
+                    of_teacher = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
+                    progress.teacher_accuracy, progress.accuracy_before = of_teacher(teacher), evaluate(teacher)
+                    self._log.say(
+                        f"teacher {progress.teacher_accuracy.top1:.2f} %, "
+                        f"student before training {progress.accuracy_before.top1:.2f} % top-1"
+                    )
+            try:
+                self._take_steps(evaluate)
+            except Interrupted as interrupted:
+                self._save()
+                self._checkpoints.wait()
+                detail = f" after step {self._run.step}, which is saved: the same command goes on from there"
+                raise Interrupted(interrupted.signal, detail) from None
+            self._checkpoints.wait()
+        return {
+            **describe(config),
+            "eval_examples": 0 if split is None else len(split),
+            "effective_weight_bits": effective_weight_bits(teacher["params"], trainer.spec),
+            "teacher": config.teacher,
+            **percentages("teacher", progress.teacher_accuracy),
+            **percentages("student", progress.accuracy_before, "_before"),
+            **percentages("student", progress.evaluations.get(self._total)),
+            "best_top1": None if progress.best_step is None else progress.evaluations[progress.best_step].top1,
+            "best_step": progress.best_step,
+            "best_picked_on": None if progress.best_step is None else "the test set",
+            "steps": self._total,
+            "skipped_steps": progress.skipped_steps,
+            "seconds_per_step": statistics.median(progress.seconds_per_step),
+            "compile_seconds": progress.compile_seconds,
+            "peak_rss_mb": peak_rss_mb(),
+            "devices": [str(device) for device in devices],
+            "versions": versions(),
+        }
+
+    def _take_steps(self, evaluate: Evaluation | None) -> None:
+        """The rest of the steps. Signals are held back where a checkpoint could not be taken at once."""
+        config, run, progress, held_back = self._config, self._run, self._progress, self._interruption.held_back
+        with held_back():
+            self._save()
+        window = _Window(run)
+        with _Trace(config, self._workdir / "profile") as trace:
+            while True:
+                epoch, into_epoch = divmod(run.step, config.steps_per_epoch)
+                last = run.step == self._total
+                if run.step and not into_epoch:
+                    due = last or epoch % config.eval_every_epochs == 0
+                    if evaluate is not None and due and run.step not in progress.evaluations:
+                        accuracy = evaluate(run.state.student)
+                        with held_back():
+                            progress.evaluations[run.step] = accuracy
+                            self._log.evaluation(run.step, epoch, accuracy.top1)
+                    is_best = config.keep_best and progress.best_step == run.step
+                    if last or is_best or epoch % config.checkpoint_every_epochs == 0:
+                        with held_back():
+                            self._save()
+                    window = _Window(run)
+                if last:
+                    return
+                with held_back():
+                    with trace.step(run):
+                        metrics = run.advance(warmup=epoch < config.warmup_epochs)
+                    if run.step % config.log_every_steps == 0 or run.step % config.steps_per_epoch == 0:
+                        self._check()
+                        # By way of its text a float32 becomes the shortest number that means it: 0.001.
+                        values = {name: float(str(value)) for name, value in jax.device_get(metrics).items()}
+                        progress.seconds_per_step.append(window.seconds_per_step())
+                        self._log.train(run.step, run.step // config.steps_per_epoch, values)
+                        window = _Window(run)
+
+    def _check(self) -> None:
+        """Raises :class:`RunError` if a step was not finite or a checkpoint not written; counts what is skipped."""
+        try:
+            for skipped in self._run.check():
+                self._progress.skipped_steps += 1
+                self._log.say(f"step {skipped.step} is left out: {skipped.what} not finite")
+        except NonFiniteError as error:
+            self._checkpoints.wait()
+            raise RunError(
+                f"{error}; the newest checkpoint is of step {self._checkpoints.latest_step()}. Try a lower learning "
+                "rate, or --config.on_nonfinite=skip to leave such steps out"
+            ) from None
+        self._checkpoints.check()
+
+    def _save(self) -> None:
+        self._check()
+        progress = self._progress
+        progress.compile_seconds = self._compiled_before + self._run.compile_seconds
+        progress.seconds, progress.metrics_size = self._log.seconds, self._log.saved_size()
+        self._checkpoints.best_step = progress.best_step if self._config.keep_best else None
+        self._checkpoints.save(self._run.step, self._run.state, progress.to_json())
 
 
-def _logged_steps(
-    run: JointRun, config: ConfigDict, profile_dir: Path
-) -> Iterator[tuple[int, dict[str, float], float]]:
-    """Takes all steps; yields (steps taken, metrics, seconds a step) where a line is to be logged.
+class _Window:
+    """The time from now on, without what is spent compiling."""
 
-    The clock stands still while the consumer works, and while a phase compiles.
-    """
-    first_traced = config.profile.start + 1 if config.profile.steps else 0
-    window_start, window_compile, window_first = time.perf_counter(), run.compile_seconds, 0
-    for step in range(1, config.epochs * config.steps_per_epoch + 1):
-        if step == first_traced:
-            jax.profiler.start_trace(profile_dir, create_perfetto_trace=True)
-        with jax.profiler.StepTraceAnnotation("joint_step", step_num=step):
-            metrics = run.advance(warmup=step <= config.warmup_epochs * config.steps_per_epoch)
-        if first_traced and step == first_traced + config.profile.steps - 1:
+    def __init__(self, run: JointRun):
+        self._run = run
+        self._step, self._compile_seconds = run.step, run.compile_seconds
+        self._start = time.perf_counter()
+
+    def seconds_per_step(self) -> float:
+        elapsed = time.perf_counter() - self._start - (self._run.compile_seconds - self._compile_seconds)
+        return elapsed / (self._run.step - self._step)
+
+
+class _Trace:
+    """A profiler trace of the steps that ``config.profile`` names."""
+
+    def __init__(self, config: ConfigDict, directory: Path):
+        self._steps = range(config.profile.start + 1, config.profile.start + config.profile.steps + 1)
+        self._directory = directory
+        self._running = False
+
+    @contextlib.contextmanager
+    def step(self, run: JointRun) -> Iterator[None]:
+        """Within, ``run`` takes one step."""
+        number = run.step + 1
+        if number in self._steps and not self._running:
+            jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("joint_step", step_num=number):
+            yield
+        if self._running and number + 1 not in self._steps:
             jax.block_until_ready(run.state)
-            jax.profiler.stop_trace()
-        if step % config.log_every_steps == 0 or step % config.steps_per_epoch == 0:
-            # By way of its text a float32 becomes the shortest number that means it: 0.001.
-            values = {name: float(str(value)) for name, value in jax.device_get(metrics).items()}
-            elapsed = time.perf_counter() - window_start - (run.compile_seconds - window_compile)
-            yield step, values, elapsed / (step - window_first)
-            window_start, window_compile, window_first = time.perf_counter(), run.compile_seconds, step
+            self._stop()
+
+    def _stop(self) -> None:
+        self._running = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self) -> _Trace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._stop()

@@ -15,6 +15,7 @@ from granq_jax.evaluate import float_accuracy, percentages
 from granq_jax.models.registry import create_model
 from granq_jax.record import peak_rss_mb, versions, write_json
 from granq_jax.teachers import TRAINED_TEACHER, run_training
+from granq_jax.workdir import locked
 
 
 def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -30,9 +31,9 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       with ``eval="none"`` are ``None``.
 
     Raises:
-      ValueError: for a setting or data set that cannot be used, or a ``workdir`` that holds a trained
-        teacher, or one in training with other settings.
-      RuntimeError: if the training diverges.
+      ValueError: for a setting or data set that cannot be used, or a ``workdir`` that another process
+        uses, or that holds a trained teacher, or one in training with other settings.
+      RunError: if the training diverges, or a checkpoint cannot be written or read.
     """
     check_config(config)
     workdir = Path(workdir)
@@ -41,7 +42,8 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     devices = jax.local_devices()
     check_devices(config, devices)
     split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
-    variables, seconds = run_training(config, workdir)
+    with locked(workdir):
+        variables, seconds = run_training(config, workdir)
     accuracy = None
     if split is not None:
         accuracy = float_accuracy(create_model(config.network), split, config.eval_batch_size, devices)(variables)

@@ -16,8 +16,10 @@ import optax
 from granq_jax import schedules
 from granq_jax.models.generator import Generator
 from granq_jax.quant import QuantSpec
+from granq_jax.quant.spec import check_choice
 
 Variables = Mapping[str, Any]
+ON_NONFINITE = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,9 +118,11 @@ class Trainer:
       latent: length of a noise vector.
       seed: of noise and labels.
       dtype: of noise, and so of generator and images.
+      on_nonfinite: what becomes of a step with a loss or parameter that is not finite: ``"stop"``
+        ends the run, ``"skip"`` leaves the step out.
 
     Raises:
-      ValueError: for a batch size, latent or seed that is not allowed.
+      ValueError: for a batch size, latent, seed or ``on_nonfinite`` that is not allowed.
     """
 
     model: nn.Module
@@ -131,12 +135,14 @@ class Trainer:
     latent: int = 100
     seed: int = 0
     dtype: Any = jnp.float32
+    on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
         for field, least in (("batch_size", 2), ("latent", 1), ("seed", 0)):
             value = getattr(self, field)
             if type(value) is not int or value < least:
                 raise ValueError(f"Trainer.{field}: got {value!r}, allowed are whole numbers from {least}")
+        check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
 
     @property
     def generator_schedule(self) -> optax.Schedule:

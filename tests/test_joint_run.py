@@ -2,11 +2,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer, create_model
-from granq_jax.joint_run import JointRun, zero_shot_quantize
-from granq_jax.step import sample_noise
+from granq_jax.devices import place
+from granq_jax.joint_run import JointRun, NonFinite, NonFiniteError, zero_shot_quantize
+from granq_jax.step import CHECKED, sample_noise
 from tests.conftest import one_line_error
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -116,8 +118,70 @@ def test_a_generator_for_another_number_of_classes_is_refused(teacher):
         run.advance(warmup=True)
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}])
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}, {"on_nonfinite": "go"}]
+)
 def test_bad_trainers_are_refused(changes):
     ((field, value),) = changes.items()
     with one_line_error(ValueError, f"Trainer.{field}", str(value)):
         make_trainer(**changes)
+
+
+def spoiled(state, part):
+    """``state`` with infinity in all numbers of ``part``, counters left alone."""
+    infinite = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.inf) if jnp.issubdtype(x.dtype, jnp.inexact) else x, getattr(state, part)
+    )
+    return place(state.replace(**{part: infinite}), jax.local_devices())
+
+
+def test_a_step_that_is_not_finite_is_named(teacher):
+    run = JointRun(make_trainer(), teacher, jax.local_devices())
+    run.advance(warmup=True)
+    run.state = spoiled(run.state, "generator")
+    metrics = jax.device_get(run.advance(warmup=True))
+    run.advance(warmup=True)
+    term = next(name for name in CHECKED if not np.isfinite(metrics[name]))
+    with one_line_error(NonFiniteError, f"step 2: the loss term {term} is not finite"):
+        run.check()
+    assert run.check() == []
+
+
+def test_a_parameter_that_is_not_finite_is_named(teacher):
+    run = JointRun(make_trainer(), teacher, jax.local_devices())
+    run.advance(warmup=True)
+    run.state = spoiled(run.state, "student_opt")
+    metrics = jax.device_get(run.advance(warmup=False))
+    assert np.isfinite(list(metrics.values())).all()
+    with one_line_error(NonFiniteError, "step 2: a parameter of the student is not finite"):
+        run.check()
+
+
+def test_a_step_that_is_not_finite_is_left_out(teacher):
+    run = JointRun(make_trainer(on_nonfinite="skip"), teacher, jax.local_devices())
+    run.advance(warmup=False)
+    assert run.check() == []
+    run.state = spoiled(run.state, "student_opt")
+    before = jax.device_get(run.state)
+    run.advance(warmup=False)
+    assert run.check() == [NonFinite(2, "a parameter of the student is")]
+    after = jax.device_get(run.state)
+    assert after.step == before.step + 1 == 2
+    for name in ("generator", "student"):
+        chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
+    moments = [optax.tree.get(state.generator_opt, "mu") for state in (before, after)]
+    chex.assert_trees_all_equal(*moments)
+    assert run.check() == []
+
+
+def test_steps_go_on_from_a_state(teacher):
+    trainer = make_trainer()
+    whole = JointRun(trainer, teacher, jax.local_devices())
+    whole.advance(warmup=True)
+    half = jax.tree.map(np.array, jax.device_get(whole.state))
+    whole.advance(warmup=False)
+    rest = JointRun(trainer, teacher, jax.local_devices(), half)
+    assert rest.step == 1
+    rest.advance(warmup=False)
+    assert rest.step == whole.step == 2
+    chex.assert_trees_all_equal(jax.device_get(rest.state), jax.device_get(whole.state))

@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from granq_jax import main as command
 from granq_jax.main import main
+from granq_jax.stopping import Interrupted, RunError
 
 
 @pytest.fixture
@@ -52,6 +54,7 @@ def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):
         (["--config=digits_w3a3", "--steps=9"], ["steps"]),
         (["--config=digits_w3a3", "9"], ["arguments", "9"]),
         (["--config=digits_w3a3", "--subject=both"], ["--subject", "'both'", "--mode=evaluate"]),
+        (["--config=digits_w3a3", "--overwrite", "--mode=train_teacher"], ["--overwrite", "--mode=train"]),
         (["--config=digits_w3a3", "--compilation-cache=/dev/null/a"], ["--compilation-cache", "/dev/null/a", "off"]),
         (["--mode=evaluate", "--workdir=nowhere"], ["--workdir", "'nowhere'"]),
         (["--mode=evaluate", "--config=digits_w3a3", "--workdir=nowhere"], ["config.teacher", "'nowhere'"]),
@@ -65,6 +68,29 @@ def test_bad_input_exits_with_2_and_one_line(capsys, arguments, words, tmp_path,
     for word in words:
         assert word in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "line"),
+    [
+        (RunError("step 3: no good"), 1, "error: step 3: no good"),
+        (Interrupted(signal.SIGTERM, " after step 3"), 143, "interrupted by SIGTERM after step 3"),
+        (Interrupted(signal.SIGINT), 130, "interrupted by SIGINT"),
+    ],
+)
+def test_a_run_that_ends_early_says_so_in_one_line(capsys, monkeypatch, ends, status, line):
+    def end(*_, **__):
+        raise ends
+
+    monkeypatch.setitem(command.MODES, "train", end)
+    assert main(["--config=digits_w3a3"]) == status
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_a_signal_ends_any_mode(capsys, monkeypatch):
+    monkeypatch.setitem(command.MODES, "train_teacher", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main(["--config=digits_w3a3", "--mode=train_teacher"]) == 143
+    assert capsys.readouterr().err == "interrupted by SIGTERM\n"
 
 
 def test_the_command_itself_exits_with_2(tmp_path):

@@ -1,8 +1,13 @@
 """Whole runs of a few steps, and what they leave behind."""
 
+import contextlib
 import json
+import shutil
+import signal
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -10,12 +15,16 @@ from flax.traverse_util import flatten_dict
 import granq_jax.train
 from granq_jax import load_config, load_torch, train_and_evaluate
 from granq_jax.build import make_trainer
-from granq_jax.checkpoint import Checkpoints
+from granq_jax.checkpoint import Checkpoints, save_variables
 from granq_jax.data import load_split
+from granq_jax.devices import place
 from granq_jax.evaluate import evaluate_run, float_accuracy
+from granq_jax.joint_run import JointRun
+from granq_jax.stopping import Interrupted, RunError
 from granq_jax.torch_import import torch_name
 from granq_jax.trainer import TrainState
 from tests.conftest import one_line_error
+from tests.test_checkpoint import largest_file
 
 RESULT = {
     *("dataset", "eval_examples", "network", "weight_bits", "act_bits", "weight_granularity", "act_granularity"),
@@ -36,8 +45,19 @@ def tiny_config(**changes):
     return config
 
 
+def untraced(**changes):
+    return tiny_config(**{"profile.steps": 0, **changes})
+
+
 def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_like(config):
+    trainer = make_trainer(config)
+    return jax.eval_shape(
+        lambda: trainer.init(trainer.model.init(jax.random.key(0), np.ones((1, 8, 8, 1), np.float32)))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +74,7 @@ def test_the_result(finished):
     for subject in ("teacher_{}", "student_{}_before", "student_{}"):
         assert 0 <= result[subject.format("top1")] <= result[subject.format("top5")] <= 100
     assert result["best_top1"] >= result["student_top1"]
+    assert {str(result["best_step"]), "12"} <= {path.name for path in (workdir / "checkpoints").iterdir()}
     assert 3.0 < result["effective_weight_bits"] < 4.0
 
 
@@ -79,12 +100,33 @@ def test_the_trace(finished):
     assert "json.gz" in names  # Perfetto
 
 
+@pytest.mark.parametrize(
+    ("taken", "events"),
+    [
+        (range(2, 8), [("start", 4), ("stop", 6)]),
+        (range(5, 8), [("start", 5), ("stop", 6)]),  # a run that goes on within
+        (range(2, 6), [("start", 4), ("stop", 5)]),  # and one that ends within
+        (range(7, 9), []),
+    ],
+)
+def test_the_steps_that_are_traced(monkeypatch, tmp_path, taken, events):
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append(("start", run.step + 1)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop", run.step)))
+    run = types.SimpleNamespace(step=taken[0] - 1, state=())
+    with granq_jax.train._Trace(tiny_config(**{"profile.start": 3}), tmp_path) as trace:
+        for step in taken:
+            with trace.step(run):
+                run.step = step
+    assert seen == events
+
+
+def without_seconds(workdir):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics_of(workdir)]
+
+
 def test_a_run_is_reproducible(finished, tmp_path):
     train_and_evaluate(tiny_config(), tmp_path)
-
-    def without_seconds(workdir):
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics_of(workdir)]
-
     assert without_seconds(tmp_path) == without_seconds(finished[0])
 
 
@@ -103,11 +145,8 @@ def test_a_finished_run_is_evaluated(finished):
 
 def test_a_student_checkpoint_loads_into_the_float_model(finished):
     trainer = make_trainer(tiny_config())
-    like = jax.eval_shape(
-        lambda: trainer.init(trainer.model.init(jax.random.key(0), np.ones((1, 8, 8, 1), np.float32)))
-    )
-    with Checkpoints(finished[0]) as checkpoints:
-        state = checkpoints.restore(checkpoints.latest_step(), like)
+    with Checkpoints(finished[0], read_only=True) as checkpoints:
+        state = checkpoints.newest(state_like(tiny_config())).state
     assert isinstance(state, TrainState)
     assert int(state.step) == 12
     accuracy = float_accuracy(trainer.model, load_split("digits", "test"), 120, jax.local_devices())
@@ -121,6 +160,147 @@ def test_the_size_of_evaluation_batches_does_not_matter(finished):
     # But for a value so near a rounding boundary that another program takes the other level.
     one_image = 100 / 360
     assert evaluate_run(config, workdir)["student_top1"] == pytest.approx(result["student_top1"], abs=1.01 * one_image)
+
+
+@contextlib.contextmanager
+def at_step(number, action):
+    """Calls ``action`` with the run as it has taken the step ``number``."""
+    advance = JointRun.advance
+
+    def advance_and_act(self, warmup):
+        metrics = advance(self, warmup)
+        if self.step == number:
+            action(self)
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JointRun, "advance", advance_and_act)
+        yield
+
+
+def assert_equal_runs(ours, theirs):
+    """Parameters, optimizer states and all that was written, but for time and memory."""
+    states, records = [], []
+    like = state_like(tiny_config())
+    for workdir in (ours, theirs):
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            states.append(checkpoints.newest(like))
+        result = json.loads((workdir / "result.json").read_text())
+        measured = ("seconds_per_step", "compile_seconds", "peak_rss_mb")
+        records.append(({k: v for k, v in result.items() if k not in measured}, without_seconds(workdir)))
+    assert states[0].step == states[1].step
+    jax.tree.map(np.testing.assert_array_equal, states[0].state, states[1].state)
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize(("signum", "status", "step"), [(signal.SIGTERM, 143, 7), (signal.SIGINT, 130, 4)])
+def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, signum, status, step):
+    with (
+        at_step(step, lambda _: signal.raise_signal(signum)),
+        pytest.raises(Interrupted, match=f"step {step}, which is saved") as caught,
+    ):
+        train_and_evaluate(untraced(), tmp_path)
+    assert caught.value.exit_status == status
+    assert not (tmp_path / "result.json").exists()
+    before = (tmp_path / "config.json").read_bytes()
+    with one_line_error(ValueError, "config.student.lr", "0.5", "0.001"):
+        train_and_evaluate(untraced(**{"student.lr": 0.5}), tmp_path)
+    if step > 4:
+        with one_line_error(ValueError, "config.epochs", "got 1", f"{step} steps", "from 2"):
+            train_and_evaluate(untraced(epochs=1), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    train_and_evaluate(untraced(), tmp_path)
+    assert_equal_runs(tmp_path, finished[0])
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, caplog):
+    config = untraced(checkpoint_every_epochs=1)
+    with at_step(10, _out_of_memory), pytest.raises(MemoryError):  # ends it at once, as a kill does
+        train_and_evaluate(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+    for path in (tmp_path / "checkpoints" / "8").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    train_and_evaluate(config, tmp_path)
+    assert "checkpoint of step 8" in caplog.text
+    assert_equal_runs(tmp_path, finished[0])
+
+
+def _out_of_memory(_):
+    raise MemoryError
+
+
+def test_a_finished_run_returns_its_result_and_can_be_made_longer(finished, tmp_path, monkeypatch):
+    workdir, result = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(granq_jax.train, "JointRun", None)
+        assert train_and_evaluate(tiny_config(), workdir) == result
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    with one_line_error(ValueError, "workdir", str(workdir), "already holds a run", "--overwrite"):
+        train_and_evaluate(tiny_config(resume=False), workdir)
+    shutil.copytree(workdir, tmp_path / "run")
+    longer = train_and_evaluate(tiny_config(epochs=4), tmp_path / "run")
+    assert longer["steps"] == 16
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_what_cannot_be_begun_overwrites_nothing(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "broken.npz").write_bytes(b"broken")
+    before = sorted((tmp_path / "run").rglob("*"))
+    for changes in ({"teacher": str(tmp_path / "broken.npz")}, {"teacher_training.batch_size": 2000}):
+        with pytest.raises(ValueError, match=r"broken.npz|batch_size"):
+            train_and_evaluate(tiny_config(**changes), tmp_path / "run", overwrite=True)
+        assert sorted((tmp_path / "run").rglob("*")) == before
+    config = untraced(eval="none", epochs=2)
+    assert train_and_evaluate(config, tmp_path / "run", overwrite=True)["steps"] == 8
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_a_run_goes_on_with_its_own_teacher_only(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    variables = load_torch("resnet8_digits", finished[0] / "teacher.safetensors")
+    save_variables(tmp_path / "other.safetensors", jax.tree.map(lambda leaf: jnp.asarray(leaf) * 1.5, variables))
+    config = untraced(epochs=4, teacher=str(tmp_path / "other.safetensors"))
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with one_line_error(ValueError, "config.teacher", "other.safetensors", "--overwrite"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def spoil_generator(run):
+    generator = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), run.state.generator)
+    run.state = place(run.state.replace(generator=generator), run.devices)
+
+
+def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(finished, tmp_path):
+    config = untraced(eval="none", checkpoint_every_epochs=1, log_every_steps=1)
+    config.teacher = str(finished[0] / "teacher.safetensors")
+    words = ("step 7: ", "not finite", "newest checkpoint is of step 4", "--config.on_nonfinite=skip")
+    with at_step(6, spoil_generator), one_line_error(RunError, *words):
+        train_and_evaluate(config, tmp_path)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert "4" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    config.on_nonfinite = "skip"  # which the run may go on with
+    with at_step(9, spoil_generator):
+        result = train_and_evaluate(config, tmp_path)
+    assert result["skipped_steps"] == 3  # the generator stays as it was spoiled
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 13))
+    assert metrics_of(tmp_path)[-1]["loss_g"] is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax had begun
+def test_a_full_disk_ends_a_run(finished, tmp_path):
+    config = untraced(eval="none", checkpoint_every_epochs=1, teacher=str(finished[0] / "teacher.safetensors"))
+    with (
+        contextlib.ExitStack() as disk,
+        at_step(6, lambda _: disk.enter_context(largest_file(100_000))),
+        one_line_error(RunError, "checkpoint", str(tmp_path), "File too large"),
+    ):
+        train_and_evaluate(config, tmp_path)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.newest(state_like(config)).step == 4
+    assert train_and_evaluate(config, tmp_path)["steps"] == 12
 
 
 def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished):
@@ -156,14 +336,6 @@ def test_a_failure_of_the_run_itself_is_not_taken_for_bad_input(tmp_path, monkey
     monkeypatch.setattr(granq_jax.train, "JointRun", fail)
     with one_line_error(RuntimeError, str(tmp_path), "deep inside"):
         train_and_evaluate(tiny_config(**{"eval": "none", "profile.steps": 0}), tmp_path)
-
-
-def test_what_is_there_is_not_overwritten(finished):
-    workdir, _ = finished
-    before = (workdir / "metrics.jsonl").read_bytes()
-    with one_line_error(ValueError, "workdir", str(workdir), "already holds a run"):
-        train_and_evaluate(tiny_config(), workdir)
-    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

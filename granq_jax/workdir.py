@@ -1,0 +1,123 @@
+"""The directory of a run: who may use it, and whether the run in it may go on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from granq_jax.config import TRAIN_A_TEACHER, flat, load_config
+from granq_jax.record import write_json
+from granq_jax.teachers import TEACHER_TRAINING, TRAINED_TEACHER
+
+_CONFIG, _LOCK, METRICS, RESULT = "config.json", "run.lock", "metrics.jsonl", "result.json"
+_OWN_FILES = (_CONFIG, METRICS, RESULT, "checkpoints", "evaluation.json", "profile")
+
+# Settings that a run may go on with when they have changed: they say how long it lasts, what is
+# written and kept, and where inputs lie. Whether a teacher is still the same one is seen by its weights.
+MAY_CHANGE = frozenset(
+    {
+        *("epochs", "resume", "on_nonfinite", "data_dir", "teacher"),
+        *("eval_every_epochs", "checkpoint_every_epochs", "log_every_steps", "keep_checkpoints", "keep_best"),
+        *("profile.start", "profile.steps"),
+    }
+)
+
+
+def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
+    """Raises a ``ValueError`` unless a run with ``config`` may begin or go on in ``workdir``; writes nothing."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir: {str(workdir)!r} is a file, allowed is a directory")
+    existing = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"workdir: {str(workdir)!r} cannot be written to, allowed is a directory that can")
+    if overwrite:
+        return
+    if not (workdir / _CONFIG).exists():
+        # Without a checkpoint in it, checkpoints/ may be of a run that was killed before it began.
+        remains = [name for name in (METRICS, RESULT) if (workdir / name).exists()]
+        remains += [f"checkpoints/{path.name}" for path in (workdir / "checkpoints").glob("[0-9]*")]
+        if remains:
+            raise ValueError(
+                f"workdir: {str(workdir)!r} holds {', '.join(remains)} of a run but no {_CONFIG}; "
+                "give another one, move them away, or replace them with --overwrite"
+            )
+        return
+    if not config.resume:
+        raise ValueError(
+            f"workdir: {str(workdir)!r} already holds a run and config.resume is False; "
+            "give another one, or replace the run with --overwrite"
+        )
+    begun, asked = (dict(flat(c)) for c in (load_config(workdir / _CONFIG), config))
+    for key in asked:
+        if key not in MAY_CHANGE and begun[key] != asked[key]:
+            raise ValueError(
+                f"config.{key}: got {asked[key]!r}, but the run in {str(workdir)!r} was begun with {begun[key]!r}, and "
+                f"it can go on with that only; give another --workdir, or replace the run with --overwrite"
+            )
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes ``workdir`` and holds it for this process; the lock ends with the process, however that ends.
+
+    Raises:
+      ValueError: if another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / _LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"workdir: {str(workdir)!r} is in use by {file.read().strip() or 'another process'}; "
+                "wait until it ends, or give another one"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def remove_run(workdir: Path, and_teacher: bool) -> None:
+    """Removes what a run has written to ``workdir``, and nothing else.
+
+    Args:
+      workdir: of the run.
+      and_teacher: whether to remove the teacher that it trained, too.
+    """
+    own = list(_OWN_FILES)
+    if and_teacher and not (workdir / "teacher.json").exists():  # that is of --mode train_teacher
+        with contextlib.suppress(ValueError):  # none there, or a damaged one
+            if load_config(workdir / _CONFIG).teacher == TRAIN_A_TEACHER:
+                own += [TRAINED_TEACHER, TEACHER_TRAINING]
+    for name in own:
+        path = workdir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def finished_result(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+    """The result of the run in ``workdir`` if it has taken all its steps; ``None`` otherwise."""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none there, or a damaged one: it is written again
+        result = json.loads((workdir / RESULT).read_text())
+        if result["steps"] == config.epochs * config.steps_per_epoch:
+            return result
+    return None
+
+
+def note_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes ``config.json``, with which the run in ``workdir`` begins or goes on."""
+    (workdir / RESULT).unlink(missing_ok=True)  # of a shorter run
+    write_json(workdir / _CONFIG, config.to_dict())

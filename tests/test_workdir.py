@@ -1,0 +1,86 @@
+"""Who may use a run's directory, and what may be there."""
+
+import pytest
+
+from granq_jax import load_config
+from granq_jax.config import CHECKS
+from granq_jax.workdir import MAY_CHANGE, check_workdir, locked, note_config, remove_run
+from tests.conftest import one_line_error
+
+
+def config_with(**changes):
+    config = load_config("digits_w3a3")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture
+def begun(tmp_path):
+    note_config(config_with(), tmp_path)
+    return tmp_path
+
+
+def test_a_second_process_is_refused(tmp_path):
+    def lock_again():
+        with locked(tmp_path / "run"):
+            pass
+
+    with locked(tmp_path / "run"), one_line_error(ValueError, "workdir", "run", "in use by process"):
+        lock_again()
+    with locked(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("key", "begun_with", "asked"),
+    [
+        ("seed", "0", 1),
+        ("batch_size", "64", 32),
+        ("quant.act_bits", "3", 4),
+        ("student.lr", "0.001", 0.01),
+        ("decay_epochs", "(100, 200, 300)", (5,)),
+        ("eval_batch_size", "120", 60),
+        ("teacher_training.epochs", "40", 41),
+    ],
+)
+def test_settings_that_make_another_run_are_refused(begun, key, begun_with, asked):
+    with one_line_error(ValueError, f"config.{key}: got {asked!r}", begun_with, str(begun), "--overwrite"):
+        check_workdir(config_with(**{key: asked}), begun)
+    check_workdir(config_with(**{key: asked}), begun, overwrite=True)
+
+
+def test_other_settings_may_change(begun):
+    assert set(CHECKS) >= MAY_CHANGE
+    check_workdir(config_with(**{"log_every_steps": 1, "epochs": 99, "keep_best": False, "profile.steps": 2}), begun)
+
+
+def test_a_run_is_not_gone_on_with_unless_wanted(begun):
+    with one_line_error(ValueError, "already holds a run", "config.resume", "--overwrite"):
+        check_workdir(config_with(resume=False), begun)
+    check_workdir(config_with(resume=False), begun / "new")
+
+
+def test_remains_without_a_config_are_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    check_workdir(config_with(), tmp_path)  # killed before it began
+    (tmp_path / "checkpoints" / "20").mkdir()
+    with one_line_error(ValueError, "checkpoints/20", "config.json"):
+        check_workdir(config_with(), tmp_path)
+
+
+def test_only_a_runs_own_files_are_removed(begun):
+    for name in ("metrics.jsonl", "result.json", "evaluation.json", "teacher.safetensors", "notes.txt"):
+        (begun / name).touch()
+    for name in ("checkpoints/20", "profile", "teacher_training", "figures"):
+        (begun / name).mkdir(parents=True)
+    (begun / "teacher.json").touch()  # of --mode train_teacher
+    remove_run(begun, and_teacher=True)
+    left = {"notes.txt", "figures", "teacher.json", "teacher.safetensors", "teacher_training"}
+    assert {path.name for path in begun.iterdir()} == left
+    note_config(config_with(), begun)
+    (begun / "teacher.json").unlink()
+    remove_run(begun, and_teacher=False)
+    assert {path.name for path in begun.iterdir()} == left - {"teacher.json"}
+    note_config(config_with(), begun)
+    remove_run(begun, and_teacher=True)
+    assert {path.name for path in begun.iterdir()} == {"notes.txt", "figures"}
