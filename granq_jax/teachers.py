@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -35,7 +34,6 @@ def check_teacher(config: ConfigDict) -> None:
     Raises:
       ValueError: if it is empty, ``"bundled"`` where no teacher comes with the package, or a public
         checkpoint of another network.
-      ImportError: if it is a public checkpoint and PyTorch, which reads it, is not installed.
       FileNotFoundError: if there is no such file.
     """
     teacher, network = config.teacher, config.network
@@ -50,12 +48,7 @@ def check_teacher(config: ConfigDict) -> None:
     other_network = teacher in zoo.CHECKPOINTS and teacher != network
     if other_network or (teacher == BUNDLED and network not in _bundled_networks()):
         raise ValueError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
-    if teacher in zoo.CHECKPOINTS:
-        if importlib.util.find_spec("torch") is None:
-            raise ImportError(
-                f"config.teacher: got {teacher!r}, but reading it needs PyTorch: pip install 'granq-jax[torch]'"
-            )
-    elif teacher not in (TRAIN_A_TEACHER, BUNDLED) and not Path(teacher).is_file():
+    if teacher not in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS) and not Path(teacher).is_file():
         raise FileNotFoundError(
             f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )
@@ -68,7 +61,7 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
     ``config.teacher`` may name in other runs.
 
     Raises:
-      ValueError, OSError, ImportError: as :func:`check_teacher`, :func:`granq_jax.zoo.fetch` and
+      ValueError, OSError: as :func:`check_teacher`, :func:`granq_jax.zoo.fetch` and
         :func:`granq_jax.load_torch` do.
     """
     check_teacher(config)
