@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import safetensors.flax
 
 KEPT = 2
+_REASON_LENGTH = 300  # TensorStore's messages fill pages
 
 
 class Checkpoints:
@@ -33,13 +34,23 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state saved at ``step``, with the structure, shapes and dtypes of ``like``."""
+        """The state saved at ``step``, with the structure, shapes and dtypes of ``like``.
+
+        Raises:
+          ValueError: if it is damaged, or of another structure.
+        """
         on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one_device),
             flax.serialization.to_state_dict(like),
         )
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # Orbax and TensorStore raise many kinds, Exception itself among them
+            reason = " ".join(str(error).split())[:_REASON_LENGTH]
+            raise ValueError(
+                f"workdir: checkpoint {step} in {self._manager.directory} cannot be read: {reason}"
+            ) from error
         return flax.serialization.from_state_dict(like, restored)
 
     def close(self) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -27,7 +29,7 @@ MODES = {"train": train_and_evaluate, "evaluate": evaluate_run, "train_teacher":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one mode. Returns the exit status: 0, or 2 if what was asked for is not allowed."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m granq_jax.main",
         description="Zero-shot quantization of an image classifier.",
         epilog="Any setting of the config can be changed with --config.KEY=VALUE.",
@@ -45,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="where compiled programs are kept for later runs, or 'off'; by default in the user's cache",
     )
-    options, overrides = parser.parse_known_args(argv)  # exits with 2 if they are wrong
     logging.basicConfig(format="%(message)s")
     logging.getLogger("granq_jax").setLevel(logging.INFO)
     try:
+        options, overrides = parser.parse_known_args(argv)
         if options.subject is not None and options.mode != "evaluate":
             raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
         if options.config is None and (options.mode != "evaluate" or options.workdir is None):
@@ -58,17 +60,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
         saved = workdir / "config.json"
         # A run is evaluated with the settings it was trained with.
-        source = saved if options.mode == "evaluate" and saved.is_file() else options.config
+        source = saved if options.mode == "evaluate" and os.path.isfile(saved) else options.config
         if source is None:
             raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
         config = _overridden(load_config(source), overrides)
         subject = {"subject": options.subject or ""} if options.mode == "evaluate" else {}
         result = MODES[options.mode](config, workdir, **subject)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2))
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises a ``ValueError``, where ``argparse`` prints how the command is used and exits."""
+        raise ValueError(message)
+
+
+def _in_one_line(error: Exception) -> str:
+    """The message, its line ends made spaces, and what a terminal would obey made visible."""
+    line = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -83,7 +97,7 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     try:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
-    except (flags.Error, KeyError) as error:  # KeyError: a config file that leaves the setting out
+    except Exception as error:  # of many kinds: what failed is a value, or a config that leaves the setting out
         raise ValueError(f"arguments: {error}") from None
     return holder.value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def check_teacher(config: ConfigDict) -> None:
     other_network = teacher in zoo.CHECKPOINTS and teacher != network
     if other_network or (teacher == BUNDLED and network not in _bundled_networks()):
         raise ValueError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
-    if teacher not in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS) and not Path(teacher).is_file():
+    if teacher not in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS) and not os.path.isfile(teacher):
         raise FileNotFoundError(
             f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )

@@ -26,7 +26,7 @@ import safetensors
 
 from granq_jax.archives import open_zip
 
-_MAX_HEADER_BYTES = 1 << 19  # names, shapes and places of all tensors; ResNet-50's take 60 kB
+_MAX_HEADER_BYTES = 1 << 18  # names, shapes and places of all tensors; ResNet-50's take 60 kB
 _MAX_DIMENSIONS = 32
 _MAX_ARGUMENTS = 8
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of PyTorch before 1.6

@@ -8,6 +8,7 @@ once, from the Flax path to that name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -64,10 +65,8 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
       ...
       ValueError: teacher: the tensors do not fit resnet20_cifar10: missing features.init_block.bn.bias, ...
     """
-    info = network(name)
-    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
-    shapes = jax.eval_shape(info.model.init, jax.random.key(0), images)
-    wanted = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
+    network(name)  # raises if there is none
+    wanted = _shapes(name)
     with contextlib.nullcontext(source) if isinstance(source, Mapping) else _opened(Path(source)) as tensors:
         if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
             raise ValueError(f"teacher: {str(source)!r} holds a {type(tensors).__name__}, allowed are tensors by name")
@@ -96,6 +95,14 @@ def torch_name(name: str, path: tuple[str, ...], zoo: str = "pytorchcv") -> str:
     _, *modules, leaf = path
     parts = _torchvision_modules(modules) if zoo == "torchvision" else _pytorchcv_modules(name, modules)
     return ".".join([*parts, _LEAVES[leaf]])
+
+
+@functools.cache
+def _shapes(name: str) -> dict[tuple[str, ...], tuple[int, ...]]:
+    info = network(name)
+    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
+    variables = jax.eval_shape(info.model.init, jax.random.key(0), images)
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
 
 
 def _pytorchcv_modules(name: str, modules: list[str]) -> list[str]:
@@ -204,7 +211,7 @@ def _checked(key: str, value: np.ndarray, is_variance: bool) -> jax.Array:
 def _opened(path: Path) -> Iterator[Any]:
     if path.suffix not in READERS:
         raise ValueError(f"teacher: got {str(path)!r}, allowed are files ending in {', '.join(READERS)}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"teacher: got {str(path)!r}, but there is no such file")
     with contextlib.ExitStack() as stack:
         with _file_is_to_blame(path):

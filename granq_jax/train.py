@@ -20,7 +20,7 @@ from granq_jax.evaluate import Accuracy, float_accuracy, percentages, student_ac
 from granq_jax.joint_run import JointRun
 from granq_jax.metrics import MetricsLog
 from granq_jax.quant import effective_weight_bits
-from granq_jax.record import describe, peak_rss_mb, versions, write_json
+from granq_jax.record import check_writable, describe, peak_rss_mb, versions, write_json
 from granq_jax.splits import Split
 from granq_jax.teachers import TRAINED_TEACHER, check_teacher, load_teacher
 from granq_jax.trainer import Variables
@@ -74,13 +74,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
 
 
 def _check_workdir(workdir: Path) -> None:
-    if any((workdir / name).exists() for name in (*_RUN_FILES, TRAINED_TEACHER)):
+    if any(os.path.exists(workdir / name) for name in (*_RUN_FILES, TRAINED_TEACHER)):
         raise ValueError(f"workdir: {str(workdir)!r} already holds a run; give another one, or move it away")
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"workdir: {str(workdir)!r} is a file, allowed is a directory, new or without a run in it")
-    existing = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"workdir: {str(workdir)!r} cannot be written to, allowed is a directory that can")
+    check_writable(workdir)
 
 
 def _run(

@@ -99,7 +99,7 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
       ...
       ValueError: config.teacher: got 'resnet19', allowed are resnet20_cifar10, ..., mobilenetv2_w1
     """
-    if name not in CHECKPOINTS:
+    if not isinstance(name, str) or name not in CHECKPOINTS:
         raise ValueError(f"config.teacher: got {name!r}, allowed are {', '.join(CHECKPOINTS)}")
     checkpoint = CHECKPOINTS[name]
     cache = platformdirs.user_cache_path("granq-jax") / "checkpoints" if cache_dir is None else Path(cache_dir)
