@@ -138,11 +138,12 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config()
+        if isinstance(config, ConfigDict):
+            config.lock()
     except (Exception, SystemExit) as error:  # it is the user's code, which may fail in any way
         raise ValueError(f"config: {str(path)!r} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"config: get_config() of {str(path)!r} gives {type(config).__name__}, allowed is ConfigDict")
-    config.lock()
     return config
 
 

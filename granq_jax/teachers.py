@@ -102,7 +102,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
         # A line may have been written for an epoch whose checkpoint was not.
         lines = log.read_text().splitlines()[:done] if log.exists() else []
         log.write_text("".join(f"{line}\n" for line in lines))
-        start = time.monotonic() - (json.loads(lines[-1])["seconds"] if lines else 0.0)
+        start = time.monotonic() - (_fields(lines[-1], log).get("seconds", 0.0) if lines else 0.0)
 
         def after_epoch(state: PretrainState, loss: float) -> None:
             epoch = int(state.epoch)
@@ -126,7 +126,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
 def _begin_or_go_on(directory: Path, settings: dict[str, Any]) -> None:
     """Notes what is trained in ``directory``; raises if something else is."""
     path = directory / "settings.json"
-    begun = json.loads(path.read_text()) if path.exists() else settings
+    begun = _fields(path.read_text(), path) if path.exists() else settings
     for key in settings.keys() | begun.keys():
         if settings.get(key) != begun.get(key):
             raise ValueError(
@@ -135,3 +135,13 @@ def _begin_or_go_on(directory: Path, settings: dict[str, Any]) -> None:
             )
     directory.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+
+
+def _fields(text: str, path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"workdir: {str(path)!r} is damaged; move {str(path.parent)!r} away to train anew")
+    return fields

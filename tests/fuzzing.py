@@ -22,7 +22,12 @@ def fuzz(strategy, examples):
     """Makes a test of a check of one value: ``examples`` values, or as many as there is time for."""
 
     def decorate(check):
+        count = 0
+
         def within_time(value):
+            nonlocal count
+            count += 1
+
             def hangs(*_):
                 raise AssertionError(f"no end after {HANGS_AFTER_S} s")
 
@@ -49,6 +54,7 @@ def fuzz(strategy, examples):
                 settings(hypothesis.given(strategy)(within_time))()
                 if time.monotonic() >= end:
                     break
+            print(f"{count} examples")  # shown by pytest -rP
 
         del test.__wrapped__  # pytest would take the value for a fixture
         return test

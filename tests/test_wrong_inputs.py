@@ -162,7 +162,8 @@ COMMAND = {
     "config with a missing key": config_file(body("del config.quant.act_bits"), "config.quant.act_bits", "2 to 8"),
     "config with a missing section": config_file(body("del config.loss"), "config.loss.", "not set"),
     "config with a placeholder": config_file(
-        body("from ml_collections import config_dict", "config.seed = config_dict.required_placeholder(int)"), "seed"
+        body("from ml_collections import config_dict", "config.seed = config_dict.required_placeholder(int)"),
+        "required",
     ),
     "config with an array": config_file(
         body("import numpy", "with config.ignore_type():", "    config.network = numpy.zeros(3)"), "config.network"
@@ -252,6 +253,11 @@ COMMAND = {
         [DIGITS, "--workdir=r", "--mode=train_teacher"],
         ("workdir", "'r'", "already"),
         {"r/teacher.safetensors": b""},
+    ),
+    "workdir with a damaged training": (
+        [DIGITS, "--workdir=r", "--mode=train_teacher"],
+        ("workdir", "settings.json", "train anew"),
+        {"r/teacher_training/settings.json": b"[1]"},
     ),
     "workdir of a teacher in a file": (
         [DIGITS, "--workdir=f/run", "--mode=train_teacher"],
