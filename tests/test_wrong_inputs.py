@@ -332,6 +332,14 @@ def test_the_command_refuses(name, place, capsys):
     assert there() == before
 
 
+@pytest.fixture(scope="module")
+def seconds_to_import():
+    """What a process takes before it sees its arguments, which depends on the machine and what else it does."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import granq_jax.main"], check=True, timeout=120)
+    return time.monotonic() - start
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -340,21 +348,21 @@ def test_the_command_refuses(name, place, capsys):
         *("data that are missing", "control characters"),
     ],
 )
-def test_so_does_a_process(name, place, tmp_path):
+def test_so_does_a_process(name, place, tmp_path, seconds_to_import):
     arguments, words, *files = COMMAND[name]
     put, there = place
     put(files[0] if files else {})
     before = there()
     start = time.monotonic()
     finished = subprocess.run(
-        [sys.executable, "-m", "granq_jax.main", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "granq_jax.main", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     seconds = time.monotonic() - start
     assert finished.returncode == 2
     is_one_line(finished.stderr, words)
     assert finished.stdout == ""
     assert there() == before
-    assert seconds < MAX_SECONDS
+    assert seconds < seconds_to_import + MAX_SECONDS
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
