@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
+from granq_jax.checks import Check
+from granq_jax.checks import betas as _betas
+from granq_jax.checks import choice as _choice
+from granq_jax.checks import increasing_epochs as _increasing_epochs
+from granq_jax.checks import real as _real
+from granq_jax.checks import text as _text
+from granq_jax.checks import truth as _truth
+from granq_jax.checks import whole as _whole
 from granq_jax.data import DATASETS
 from granq_jax.models.registry import NETWORKS
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
@@ -124,7 +131,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     path = Path(name)
     if str(name) in config_names():
         path = Path(str(_CONFIGS / f"{name}.py"))
-    if path.suffix not in (".py", ".json") or not path.is_file():
+    if path.suffix not in (".py", ".json") or not os.path.isfile(path):  # which, unlike Path's, takes any name
         names = ", ".join(config_names())
         raise ValueError(f"config: got {str(name)!r}, allowed are paths of .py or .json files that exist, and {names}")
     if path.suffix == ".json":
@@ -136,11 +143,12 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # it is the user's code, which may fail in any way
+        if isinstance(config, ConfigDict):
+            config.lock()
+    except (Exception, SystemExit) as error:  # it is the user's code, which may fail in any way
         raise ValueError(f"config: {str(path)!r} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"config: get_config() of {str(path)!r} gives {type(config).__name__}, allowed is ConfigDict")
-    config.lock()
     return config
 
 
@@ -148,7 +156,7 @@ def _from_json(path: Path) -> ConfigDict:
     config = default_config()
     try:
         values = dict(flat(json.loads(path.read_text())))
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"config: {str(path)!r} is not a run's config.json: {error}") from None
     for key, value in values.items():
         check_setting_exists(key)
@@ -164,62 +172,21 @@ def config_names() -> list[str]:
     return sorted(file[:-3] for file in files if file.endswith(".py") and file[0] != "_")
 
 
-Check = tuple[Callable[[Any], bool], str]
-
-
-def _whole(low: int, high: int | None = None) -> Check:
-    allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
-    return lambda v: type(v) is int and v >= low and (high is None or v <= high), allowed
-
-
-def _real(low: float, high: float = math.inf, low_open: bool = False) -> Check:
-    allowed = f"finite numbers {'above' if low_open else 'from'} {low:g}"
-    if high < math.inf:
-        allowed += f" to {high:g}"
-
-    def holds(v):
-        return type(v) in (int, float) and math.isfinite(v) and (v > low if low_open else v >= low) and v <= high
-
-    return holds, allowed
-
-
-def _choice(*values: str) -> Check:
-    return lambda v: v in values, ", ".join(map(repr, values))
-
-
-def _truth() -> Check:
-    return lambda v: type(v) is bool, "True and False"
-
-
-def _text() -> Check:
-    return lambda v: type(v) is str, "strings"
-
-
-def _increasing_epochs(v: Any) -> bool:
-    return (
-        isinstance(v, tuple)
-        and all(type(e) is int and e >= 1 for e in v)
-        and all(a < b for a, b in itertools.pairwise(v))
-    )
-
-
-def _betas(v: Any) -> bool:
-    return isinstance(v, tuple) and len(v) == 2 and all(type(b) in (int, float) and 0 <= b < 1 for b in v)
-
-
+_LARGEST = 2**16  # of what arrays are made by: a slip of the hand shall not fill the memory
+_MOST_STEPS = 2**31 - 1  # they are counted in 32 bits
 CHECKS: dict[str, Check] = {
     "seed": _whole(0, 2**31 - 1),
     "network": _choice(*NETWORKS),
     "dataset": _choice(*DATASETS),
     "data_dir": _text(),
     "teacher": _text(),
-    "batch_size": _whole(2),
+    "batch_size": _whole(2, _LARGEST),
     "epochs": _whole(1),
     "steps_per_epoch": _whole(1),
     "warmup_epochs": _whole(0),
-    "latent": _whole(1),
+    "latent": _whole(1, _LARGEST),
     "eval": _choice("test", "none"),
-    "eval_batch_size": _whole(1),
+    "eval_batch_size": _whole(1, _LARGEST),
     "eval_every_epochs": _whole(1),
     "checkpoint_every_epochs": _whole(1),
     "keep_checkpoints": _whole(1),
@@ -237,9 +204,9 @@ CHECKS: dict[str, Check] = {
     "student.momentum": _real(0, 1),
     "student.weight_decay": _real(0),
     "generator.lr": _real(0),
-    "generator.betas": (_betas, "pairs of numbers from 0 to below 1"),
+    "generator.betas": _betas(),
     "generator.conditional": _truth(),
-    "decay_epochs": (_increasing_epochs, "tuples of increasing whole numbers from 1"),
+    "decay_epochs": _increasing_epochs(),
     "loss.alpha_ds": _real(0),
     "loss.alpha_as": _real(0),
     "loss.beta": _real(0),
@@ -250,11 +217,11 @@ CHECKS: dict[str, Check] = {
     "profile.start": _whole(0),
     "profile.steps": _whole(0),
     "teacher_training.epochs": _whole(1),
-    "teacher_training.batch_size": _whole(2),
+    "teacher_training.batch_size": _whole(2, _LARGEST),
     "teacher_training.lr": _real(0, low_open=True),
     "teacher_training.weight_decay": _real(0),
     "teacher_training.label_smoothing": _real(0, 1),
-    "teacher_training.max_shift": _whole(0),
+    "teacher_training.max_shift": _whole(0, 224),
     "teacher_training.flip": _truth(),
     "teacher_training.small_size": _whole(1),
     "teacher_training.small_epochs": _whole(0),
@@ -278,7 +245,10 @@ def check_config(config: ConfigDict) -> None:
       ...
       ValueError: config.quant.weight_bits: got 9, allowed are whole numbers from 2 to 8
     """
-    values = dict(flat(config))
+    try:
+        values = dict(flat(config))
+    except RequiredValueError as error:
+        raise ValueError(f"config: {error}") from None
     for key in values:
         check_setting_exists(key)
     for key, (holds, allowed) in CHECKS.items():
@@ -297,6 +267,11 @@ def check_config(config: ConfigDict) -> None:
             f"allowed are whole numbers up to config.epochs, {config.epochs}"
         )
     steps = config.epochs * config.steps_per_epoch
+    if steps > _MOST_STEPS:
+        raise ValueError(
+            f"config.epochs: got {config.epochs} of {config.steps_per_epoch} steps, "
+            f"allowed are up to {_MOST_STEPS} steps in all"
+        )
     if config.profile.steps and config.profile.start + config.profile.steps > steps:
         raise ValueError(
             f"config.profile.start: got {config.profile.start} with config.profile.steps {config.profile.steps}, "

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
+from granq_jax.quant.spec import check_choice
 from granq_jax.splits import Dataset, EncodedSplit, MemorySplit, Split
 
 _IMAGENET = Dataset(1000, 224, 3, 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -49,10 +51,15 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
       >>> len(split), split.images.shape, split.images.dtype
       (360, (360, 8, 8, 1), dtype('uint8'))
     """
+    check_choice("dataset", name, DATASETS)
+    check_choice("split", split, ("train", "test"))
     if name == "digits":
         return _load_digits(split)
     if name == "image_folder":
-        return _load_folder(split, data_dir)
+        try:
+            return _load_folder(split, data_dir)
+        except OSError as error:
+            raise ValueError(f"config.data_dir: {data_dir!r} cannot be read: {error}") from error
     return _load_tfds(name, split, data_dir)
 
 
@@ -77,7 +84,7 @@ def _load_digits(split: str) -> MemorySplit:
 def _load_folder(split: str, data_dir: str) -> EncodedSplit:
     dataset = DATASETS["image_folder"]
     root = Path(data_dir)
-    if data_dir == "" or not root.is_dir():
+    if data_dir == "" or not os.path.isdir(root):
         raise ValueError(f"config.data_dir: got {data_dir!r}, allowed is a directory that holds an image folder")
     if split == "train" or (root / "val").is_dir():
         root = root / {"train": "train", "test": "val"}[split]
@@ -128,16 +135,23 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
         tfds_split = _TFDS_SPLITS.get(name, {}).get(split, split)
         if tfds_split not in builder.info.splits:
             raise ValueError(f"it has no split {tfds_split!r}, only {', '.join(builder.info.splits)}")
+        dataset, classes = DATASETS[name], builder.info.features["label"].num_classes
+        if classes != dataset.classes:
+            raise ValueError(f"it has {classes} classes instead of {dataset.classes}")
         source = builder.as_data_source(split=tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
 
         def read(indices):
             return [(example["image"], int(example["label"])) for example in source.__getitems__(indices)]
 
+        if len(source) == 0:
+            raise ValueError(f"its split {tfds_split!r} is empty")
         if name in _TFDS_SPLITS:
-            return EncodedSplit(DATASETS[name], len(source), read, lambda index: f"image {index} of {name}")
+            return EncodedSplit(dataset, len(source), read, lambda index: f"image {index} of {name}")
         encoded, labels = zip(*read(range(len(source))), strict=True)
         images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(image))) for image in encoded])
-        return MemorySplit(DATASETS[name], images, np.array(labels, np.int32))
+        if images.dtype != np.uint8 or images.shape[1:] != (dataset.image_size, dataset.image_size, dataset.channels):
+            raise ValueError(f"its images are of shape {images.shape[1:]} and dtype {images.dtype}")
+        return MemorySplit(dataset, images, np.array(labels, np.int32))
     except Exception as error:  # whatever TFDS, the disk or the network met, the way out is the same
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"config.data_dir: {name} cannot be read from {place}: {reason}. {remedy}") from error

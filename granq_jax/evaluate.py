@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from granq_jax.data import load_split
 from granq_jax.devices import AXIS, place, sample_index
 from granq_jax.quant import effective_weight_bits, quantize
 from granq_jax.quant.spec import check_choice
-from granq_jax.record import describe, versions, write_json
+from granq_jax.record import check_writable, describe, versions, write_json
 from granq_jax.splits import Split, batches
 from granq_jax.step import evaluation_mode
 from granq_jax.teachers import TRAINED_TEACHER, load_teacher
@@ -75,7 +76,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
     """
     check_config(config)
     workdir = Path(workdir)
-    holds_run = (workdir / "checkpoints").is_dir()
+    holds_run = os.path.isdir(workdir / "checkpoints")
     subject = subject or ("student" if holds_run else "teacher")
     check_choice("subject", subject, SUBJECTS)
     if config.eval != "test":
@@ -84,6 +85,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
     if subject != "student" and config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).is_file():
         raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
+    check_writable(workdir)
     devices = jax.local_devices()
     check_devices(config, devices)
     split = load_split(config.dataset, "test", config.data_dir)

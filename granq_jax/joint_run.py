@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import flax.core
 import jax
+import numpy as np
 from tqdm.auto import tqdm
 
 from granq_jax.devices import place, sample_index, settle
-from granq_jax.step import CHECKED, mapped_step
+from granq_jax.step import CHECKED, evaluation_mode, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables
 
 _WORDS = {name: f"the loss term {name} is" for name in CHECKED} | {
@@ -106,16 +107,39 @@ def zero_shot_quantize(
 
     Raises:
       ValueError: if the batch does not divide evenly over the devices, or no epoch is left after
-        the warm-up.
+        the warm-up, or if generator, model and teacher do not fit together.
       NonFiniteError: for a step with a loss or parameter that is not finite, unless
         ``trainer.on_nonfinite`` is ``"skip"``.
     """
     o = trainer.optimizers
     if type(epochs) is not int or epochs <= o.warmup_epochs:
         raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
+    _check_fit(trainer, teacher)
     run = JointRun(trainer, teacher, devices or jax.local_devices())
     for step in tqdm(range(epochs * o.steps_per_epoch), unit="step", dynamic_ncols=True):
         run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
         if run.step % o.steps_per_epoch == 0:
             run.check()
     return jax.device_get(run.state.student)
+
+
+def _check_fit(trainer: Trainer, teacher: Variables) -> None:
+    """Raises a ``ValueError`` if the model cannot label what the generator makes with the teacher's variables."""
+    if not isinstance(teacher, Mapping) or "params" not in teacher:
+        raise ValueError(f"teacher: got {type(teacher).__name__}, allowed are variables with a collection 'params'")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(teacher)):
+        if not np.isfinite(np.asarray(leaf)).all():
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"teacher: {where} holds NaN or infinity, allowed are finite numbers")
+    generator, model = trainer.generator, trainer.model
+    images = jax.ShapeDtypeStruct((2, generator.image_size, generator.image_size, generator.channels), trainer.dtype)
+    try:
+        logits = jax.eval_shape(lambda v, x: model.apply(v, x, **evaluation_mode(model)), dict(teacher), images)
+    except Exception as error:  # whatever Flax and the model itself say
+        reason = " ".join(str(error).split())
+        raise ValueError(f"teacher: the model cannot take it, or images of shape {images.shape}: {reason}") from error
+    if getattr(logits, "shape", None) != (2, generator.classes):
+        raise ValueError(
+            f"Generator.classes: got {generator.classes}, but the model's logits of two images have the shape "
+            f"{getattr(logits, 'shape', None)}"
+        )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0; 2 if what was asked for is not allowed; 1 if a run failed, of which the last
       checkpoint is left; 128 + N if signal N ended it (SIGINT 130, SIGTERM 143).
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m granq_jax.main",
         description="Zero-shot quantization of an image classifier.",
         epilog="Any setting of the config can be changed with --config.KEY=VALUE.",
@@ -57,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="where compiled programs are kept for later runs, or 'off'; by default in the user's cache",
     )
-    options, overrides = parser.parse_known_args(argv)  # exits with 2 if they are wrong
     logging.basicConfig(format="%(message)s", force=True)  # libraries have made the root logger theirs
     logging.getLogger("granq_jax").setLevel(logging.INFO)
     for noisy in ("absl", "concurrent.futures"):  # Orbax logs traces of errors that it also raises
         logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
     try:
+        options, overrides = parser.parse_known_args(argv)
         if options.subject is not None and options.mode != "evaluate":
             raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
         if options.overwrite and options.mode != "train":
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
         saved = workdir / "config.json"
         # A run is evaluated with the settings it was trained with.
-        source = saved if options.mode == "evaluate" and saved.is_file() else options.config
+        source = saved if options.mode == "evaluate" and os.path.isfile(saved) else options.config
         if source is None:
             raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
         config = _overridden(load_config(source), overrides)
@@ -95,8 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises a ``ValueError``, where ``argparse`` prints how the command is used and exits."""
+        raise ValueError(message)
+
+
 def _end(line: str, status: int) -> int:
-    print(" ".join(line.split()), file=sys.stderr)
+    """Prints a line, its line ends made spaces and what a terminal would obey made visible."""
+    line = " ".join(line.split())
+    print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line), file=sys.stderr)
     return status
 
 
@@ -112,7 +121,7 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     try:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
-    except (flags.Error, KeyError) as error:  # KeyError: a config file that leaves the setting out
+    except Exception as error:  # of many kinds: what failed is a value, or a config that leaves the setting out
         raise ValueError(f"arguments: {error}") from None
     return holder.value
 

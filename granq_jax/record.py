@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import resource
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,23 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises a ``ValueError`` if files cannot be written to ``workdir``, which need not exist; leaves nothing there."""
+    try:
+        if not workdir.is_dir() and os.path.lexists(workdir):
+            raise NotADirectoryError("it is a file")
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(workdir)  # raises for names that cannot be
+        existing = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass  # os.access knows of permissions only, and of none for root
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"workdir: {str(workdir)!r} cannot be written to ({reason}), allowed is a directory that can, or a new one"
+        ) from error
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class EncodedSplit:
                 image = PIL.Image.open(io.BytesIO(data))
                 image.info.pop("transparency", None)  # dropped by convert, which would warn of it
                 return np.asarray(crop(image.convert("RGB"), size))
-            except OSError as error:
+            except Exception as error:  # Pillow's decoders have errors of many kinds
                 raise ValueError(f"config.data_dir: {self.name(index)} cannot be decoded: {error}") from error
 
         encoded, labels = zip(*self.read(indices.tolist()), strict=True)

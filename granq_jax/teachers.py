@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import time
@@ -38,7 +37,6 @@ def check_teacher(config: ConfigDict) -> None:
     Raises:
       ValueError: if it is empty, ``"bundled"`` where no teacher comes with the package, or a public
         checkpoint of another network.
-      ImportError: if it is a public checkpoint and PyTorch, which reads it, is not installed.
       FileNotFoundError: if there is no such file.
     """
     teacher, network = config.teacher, config.network
@@ -53,12 +51,7 @@ def check_teacher(config: ConfigDict) -> None:
     other_network = teacher in zoo.CHECKPOINTS and teacher != network
     if other_network or (teacher == BUNDLED and network not in _bundled_networks()):
         raise ValueError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
-    if teacher in zoo.CHECKPOINTS:
-        if importlib.util.find_spec("torch") is None:
-            raise ImportError(
-                f"config.teacher: got {teacher!r}, but reading it needs PyTorch: pip install 'granq-jax[torch]'"
-            )
-    elif teacher not in (TRAIN_A_TEACHER, BUNDLED) and not Path(teacher).is_file():
+    if teacher not in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS) and not os.path.isfile(teacher):
         raise FileNotFoundError(
             f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )
@@ -71,7 +64,7 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
     ``config.teacher`` may name in other runs.
 
     Raises:
-      ValueError, OSError, ImportError: as :func:`check_teacher`, :func:`granq_jax.zoo.fetch` and
+      ValueError, OSError: as :func:`check_teacher`, :func:`granq_jax.zoo.fetch` and
         :func:`granq_jax.load_torch` do.
     """
     check_teacher(config)
@@ -132,7 +125,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
             lines = lines[: saved.step if saved else 0]
             log.touch()
             os.truncate(log, sum(map(len, lines)))
-            start -= json.loads(lines[-1])["seconds"] if lines else 0.0
+            start -= _fields(lines[-1], log).get("seconds", 0.0) if lines else 0.0
             return saved.state if saved else initial
 
         def after_epoch(state: PretrainState, loss: float) -> None:
@@ -171,10 +164,20 @@ def _check_same_settings(config: ConfigDict, workdir: Path) -> None:
             f"workdir: {str(workdir)!r} holds {TRAINED_TEACHER}, but nothing says how it was trained; name it with "
             "config.teacher, or move it away"
         )
-    begun = json.loads(path.read_text())
+    begun = _fields(path.read_text(), path)
     for key in settings.keys() | begun.keys():
         if settings.get(key) != begun.get(key):
             raise ValueError(
                 f"workdir: {str(workdir)!r} holds a teacher trained with {key} {begun.get(key)!r} instead "
                 f"of {settings.get(key)!r}; give the same settings to go on, or another workdir"
             )
+
+
+def _fields(text: str | bytes, path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"workdir: {str(path)!r} is damaged; move {str(path.parent)!r} away to train anew")
+    return fields

@@ -7,9 +7,11 @@ once, from the Flax path to that name.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ import numpy as np
 
 from granq_jax.models.registry import network
 from granq_jax.models.resnet import ResNet
+from granq_jax.tensor_files import READERS, StoredTensor
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _IGNORED = "num_batches_tracked"
 _OWN_NAMES = "this package's own"
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_LISTED = 20  # of a file that does not fit; a hostile one may hold thousands
+_REASON_LENGTH = 300
 _TORCHVISION_NETWORKS = ("resnet18", "resnet50b")
 
 logger = logging.getLogger(__name__)
@@ -40,18 +46,18 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
     Args:
       name: a registered network, see :func:`granq_jax.create_model`.
       source: ``{name: array}``, or the path of an ``.npz``, ``.safetensors``, ``.pth`` or ``.pt``
-        file. The last two need PyTorch (the ``torch`` extra) and are read with
-        ``weights_only=True``, so that no code in them can run.
+        file. It may come from anyone: no code in it is run, and no tensor is read before names,
+        shapes and dtypes of all were found to fit. PyTorch is not needed.
 
     Returns:
       ``{"params": ..., "batch_stats": ...}`` for ``create_model(name).apply``.
 
     Raises:
-      ValueError: if tensors are missing, surplus, wrongly shaped or not floating point: all are
-        listed by name. Also for an unknown network or kind of file, a file that cannot be read, or
+      ValueError: if tensors are missing, surplus, wrongly shaped or not floating point: they are
+        listed by name, twenty of each kind at most. Also for a tensor that holds NaN, infinity or a
+        negative variance, an unknown network or kind of file, a file that cannot be read, or
         torchvision's names for resnet50, whose strides lie elsewhere: that one is resnet50b.
       FileNotFoundError: if there is no such file.
-      ImportError: if the file needs PyTorch and it is not installed.
 
     Example:
       >>> load_torch("resnet20_cifar10", {"output.bias": [0.0] * 10})
@@ -59,35 +65,21 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
       ...
       ValueError: teacher: the tensors do not fit resnet20_cifar10: missing features.init_block.bn.bias, ...
     """
-    info = network(name)
-    tensors = _read(source)
-    if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
-        raise ValueError(f"teacher: {str(source)!r} holds a {type(tensors).__name__}, allowed are tensors by name")
-    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
-    shapes = jax.eval_shape(info.model.init, jax.random.key(0), images)
-    wanted = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
-    given = {key: value for key, value in tensors.items() if not key.endswith(_IGNORED)}
-    zoo, names = _recognise(name, wanted, given)
-    in_flax_names = zoo == _OWN_NAMES
-    problems = []
-    if missing := sorted(set(names.values()) - set(given)):
-        problems.append(f"missing {', '.join(missing)}")
-    if surplus := sorted(set(given) - set(names.values())):
-        problems.append(f"surplus {', '.join(surplus)}")
-    variables = {}
-    for path, key in names.items():
-        if key not in given:
-            continue
-        value = _to_numpy(given[key])
-        expected = wanted[path] if in_flax_names else _torch_layout(wanted[path])
-        if value.shape != expected:
-            problems.append(f"{key} has shape {list(value.shape)} instead of {list(expected)}")
-        elif not jnp.issubdtype(value.dtype, jnp.floating):
-            problems.append(f"{key} has dtype {value.dtype}, which is not floating point")
-        else:
-            variables[path] = jnp.asarray(value if in_flax_names else _to_flax_layout(value))
-    if problems:
-        raise ValueError(f"teacher: the tensors do not fit {name}: {'; '.join(problems)}")
+    network(name)  # raises if there is none
+    wanted = _shapes(name)
+    with contextlib.nullcontext(source) if isinstance(source, Mapping) else _opened(Path(source)) as tensors:
+        if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
+            raise ValueError(f"teacher: {str(source)!r} holds a {type(tensors).__name__}, allowed are tensors by name")
+        given = {key: value for key, value in tensors.items() if not key.endswith(_IGNORED)}
+        zoo, names = _recognise(name, wanted, given)
+        in_flax_names = zoo == _OWN_NAMES
+        expected = {key: wanted[path] if in_flax_names else _torch_layout(wanted[path]) for path, key in names.items()}
+        fitting = _fitting(name, expected, given)
+        variables = {}
+        for path, key in names.items():
+            with _file_is_to_blame(source):
+                value = fitting[key].read() if isinstance(fitting[key], StoredTensor) else fitting[key]
+            variables[path] = _checked(key, value if in_flax_names else _to_flax_layout(value), path[-1] == "var")
     logger.info("teacher: %s in %s names", name, zoo if in_flax_names else f"{zoo}'s")
     return flax.traverse_util.unflatten_dict(variables)
 
@@ -103,6 +95,14 @@ def torch_name(name: str, path: tuple[str, ...], zoo: str = "pytorchcv") -> str:
     _, *modules, leaf = path
     parts = _torchvision_modules(modules) if zoo == "torchvision" else _pytorchcv_modules(name, modules)
     return ".".join([*parts, _LEAVES[leaf]])
+
+
+@functools.cache
+def _shapes(name: str) -> dict[tuple[str, ...], tuple[int, ...]]:
+    info = network(name)
+    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
+    variables = jax.eval_shape(info.model.init, jax.random.key(0), images)
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
 
 
 def _pytorchcv_modules(name: str, modules: list[str]) -> list[str]:
@@ -158,46 +158,71 @@ def _to_flax_layout(value: np.ndarray) -> np.ndarray:
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
-def _to_numpy(value: Any) -> np.ndarray:
+def _fitting(name: str, expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays or ``StoredTensor`` of ``given``, if names, shapes and dtypes are as ``expected``."""
+    problems = []
+    if missing := sorted(set(expected) - set(given)):
+        problems.append(f"missing {_listed(missing)}")
+    if surplus := sorted(set(given) - set(expected)):
+        problems.append(f"surplus {_listed(surplus)}")
+    wrong, fitting = [], {}
+    for key in [key for key in expected if key in given]:
+        value = given[key] if isinstance(given[key], StoredTensor) else _to_numpy(key, given[key])
+        dtype = value.dtype if isinstance(value, StoredTensor) else value.dtype.name
+        if value.shape != expected[key]:
+            wrong.append(f"{key} has shape {list(value.shape)} instead of {list(expected[key])}")
+        elif dtype not in _DTYPES:
+            wrong.append(f"{key} has dtype {dtype}, allowed are {', '.join(_DTYPES)}")
+        else:
+            fitting[key] = value
+    if wrong:
+        problems.append(_listed(wrong, "; "))
+    if problems:
+        raise ValueError(f"teacher: the tensors do not fit {name}: {'; '.join(problems)}")
+    return fitting
+
+
+def _listed(items: Sequence[str], separator: str = ", ") -> str:
+    more = [f"and {len(items) - _LISTED} more"] if len(items) > _LISTED else []
+    return separator.join([*items[:_LISTED], *more])
+
+
+def _to_numpy(key: str, value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a PyTorch tensor; numpy knows no bfloat16 of its
         value = value.detach().float() if str(value.dtype) == "torch.bfloat16" else value.detach()
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except Exception as error:  # whatever an object that is no array does
+        raise ValueError(f"teacher: {key} is a {type(value).__name__} that is no array") from error
 
 
-def _read(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
-    path = Path(source)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pth": _read_pth, ".pt": _read_pth}
-    if path.suffix not in readers:
-        raise ValueError(f"teacher: got {str(path)!r}, allowed are files ending in {', '.join(readers)}")
-    if not path.is_file():
+def _checked(key: str, value: np.ndarray, is_variance: bool) -> jax.Array:
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+        array = jnp.asarray(value.astype(value.dtype.newbyteorder("="), copy=False))
+    numbers = np.asarray(array)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"teacher: {key} holds NaN or infinity, allowed are finite numbers of {array.dtype}")
+    if is_variance and (numbers < 0).any():
+        raise ValueError(f"teacher: {key} holds {numbers.min()}, allowed are numbers from 0, since it is a variance")
+    return array
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.suffix not in READERS:
+        raise ValueError(f"teacher: got {str(path)!r}, allowed are files ending in {', '.join(READERS)}")
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"teacher: got {str(path)!r}, but there is no such file")
+    with contextlib.ExitStack() as stack:
+        with _file_is_to_blame(path):
+            tensors = stack.enter_context(READERS[path.suffix](path))
+        yield tensors
+
+
+@contextlib.contextmanager
+def _file_is_to_blame(path: Any) -> Iterator[None]:
     try:
-        return readers[path.suffix](path)
-    except ImportError:
-        raise
-    except Exception as error:  # each reader has errors of its own; what failed is always the file
-        raise ValueError(f"teacher: {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _read_npz(path: Path) -> Mapping[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    import safetensors.flax
-
-    return safetensors.flax.load_file(path)
-
-
-def _read_pth(path: Path) -> Mapping[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(
-            f"teacher: reading {str(path)!r} needs PyTorch: pip install 'granq-jax[torch]', "
-            "or convert the file to .npz or .safetensors where PyTorch is installed"
-        ) from None
-    return torch.load(path, map_location="cpu", weights_only=True)
+        yield
+    except Exception as error:  # each reader has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"teacher: {str(path)!r} cannot be read: {reason[:_REASON_LENGTH]}") from error

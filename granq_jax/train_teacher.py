@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from granq_jax.config import check_config
 from granq_jax.data import load_split
 from granq_jax.evaluate import float_accuracy, percentages
 from granq_jax.models.registry import create_model
-from granq_jax.record import peak_rss_mb, versions, write_json
+from granq_jax.record import check_writable, peak_rss_mb, versions, write_json
 from granq_jax.teachers import TRAINED_TEACHER, run_training
 from granq_jax.workdir import locked
 
@@ -37,8 +38,9 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     check_config(config)
     workdir = Path(workdir)
-    if (workdir / TRAINED_TEACHER).exists():
+    if os.path.exists(workdir / TRAINED_TEACHER):
         raise ValueError(f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away")
+    check_writable(workdir)
     devices = jax.local_devices()
     check_devices(config, devices)
     split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None

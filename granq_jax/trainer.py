@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from granq_jax import schedules
+from granq_jax.checks import betas, check_fields, increasing_epochs, real, whole
 from granq_jax.models.generator import Generator
 from granq_jax.quant import QuantSpec
+from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import check_choice
 
 Variables = Mapping[str, Any]
@@ -47,10 +49,19 @@ class OptimizerSettings:
     warmup_epochs: int = 4
 
     def __post_init__(self) -> None:
-        for field, least in (("steps_per_epoch", 1), ("warmup_epochs", 0)):
-            value = getattr(self, field)
-            if type(value) is not int or value < least:
-                raise ValueError(f"OptimizerSettings.{field}: got {value!r}, allowed are whole numbers from {least}")
+        check_fields(
+            self,
+            {
+                "student_lr": real(0),
+                "student_momentum": real(0, 1),
+                "student_weight_decay": real(0),
+                "generator_lr": real(0),
+                "generator_betas": betas(),
+                "decay_epochs": increasing_epochs(),
+                "steps_per_epoch": whole(1),
+                "warmup_epochs": whole(0),
+            },
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +87,10 @@ class LossSettings:
     temperature: float = 20.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"LossSettings.temperature: got {self.temperature!r}, allowed are numbers above 0")
-        if not 0 <= self.lambda_lower <= self.lambda_upper <= 1:
+        weights = dict.fromkeys(("alpha_ds", "alpha_as", "beta", "gamma"), real(0))
+        bounds = dict.fromkeys(("lambda_lower", "lambda_upper"), real(0, 1))
+        check_fields(self, weights | bounds | {"temperature": real(0, low_open=True)})
+        if self.lambda_lower > self.lambda_upper:
             raise ValueError(
                 f"LossSettings.lambda_lower, lambda_upper: got {self.lambda_lower!r}, {self.lambda_upper!r}, "
                 "allowed are 0 <= lower <= upper <= 1"
@@ -122,7 +134,7 @@ class Trainer:
         ends the run, ``"skip"`` leaves the step out.
 
     Raises:
-      ValueError: for a batch size, latent, seed or ``on_nonfinite`` that is not allowed.
+      ValueError, TypeError: for a value that is not allowed.
     """
 
     model: nn.Module
@@ -138,11 +150,19 @@ class Trainer:
     on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
-        for field, least in (("batch_size", 2), ("latent", 1), ("seed", 0)):
-            value = getattr(self, field)
-            if type(value) is not int or value < least:
-                raise ValueError(f"Trainer.{field}: got {value!r}, allowed are whole numbers from {least}")
+        kinds = {
+            "model": nn.Module,
+            "generator": Generator,
+            "spec": QuantSpec,
+            "losses": LossSettings,
+            "optimizers": OptimizerSettings,
+        }
+        for field, kind in kinds.items():
+            if not isinstance(value := getattr(self, field), kind):
+                raise TypeError(f"Trainer.{field}: got {type(value).__name__}, allowed is {kind.__name__}")
+        check_choice("Trainer.impl", self.impl, IMPLEMENTATIONS)
         check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_fields(self, {"batch_size": whole(2), "latent": whole(1), "seed": whole(0, 2**31 - 1)})
 
     @property
     def generator_schedule(self) -> optax.Schedule:

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from granq_jax.config import TRAIN_A_TEACHER, flat, load_config
-from granq_jax.record import write_json
+from granq_jax.record import check_writable, write_json
 from granq_jax.teachers import TEACHER_TRAINING, TRAINED_TEACHER
 
 _CONFIG, _LOCK, METRICS, RESULT = "config.json", "run.lock", "metrics.jsonl", "result.json"
@@ -34,11 +34,7 @@ MAY_CHANGE = frozenset(
 
 def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
     """Raises a ``ValueError`` unless a run with ``config`` may begin or go on in ``workdir``; writes nothing."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"workdir: {str(workdir)!r} is a file, allowed is a directory")
-    existing = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"workdir: {str(workdir)!r} cannot be written to, allowed is a directory that can")
+    check_writable(workdir)
     if overwrite:
         return
     if not (workdir / _CONFIG).exists():

@@ -10,16 +10,20 @@ import fcntl
 import hashlib
 import os
 import shutil
-import zipfile
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import platformdirs
 import requests
 from tqdm.auto import tqdm
 
+from granq_jax.archives import open_zip
+
 RELEASES = "https://github.com/osmr/imgclsmob/releases/download"
 
 _ATTEMPTS = 3
+_MAX_REDIRECTS = 5  # one is usual: from the release to where its files are kept
+_MAX_BYTES = 256 << 20  # the largest checkpoint, ResNet-50's, has 98
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 1 << 16
 
@@ -86,7 +90,8 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
     Raises:
       ValueError: if there is no checkpoint of that name, or the file is not the published one. A
         file found in the cache is left there then; a downloaded one is not.
-      ConnectionError: if it could not be downloaded. What has arrived is kept.
+      ConnectionError: if it could not be downloaded, in few redirects that all stay with ``https``.
+        What has arrived is kept, unless it is more than any checkpoint has.
 
     Example:
       >>> fetch("resnet19")
@@ -94,7 +99,7 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
       ...
       ValueError: config.teacher: got 'resnet19', allowed are resnet20_cifar10, ..., mobilenetv2_w1
     """
-    if name not in CHECKPOINTS:
+    if not isinstance(name, str) or name not in CHECKPOINTS:
         raise ValueError(f"config.teacher: got {name!r}, allowed are {', '.join(CHECKPOINTS)}")
     checkpoint = CHECKPOINTS[name]
     cache = platformdirs.user_cache_path("granq-jax") / "checkpoints" if cache_dir is None else Path(cache_dir)
@@ -129,7 +134,7 @@ def _provide(checkpoint: Checkpoint, path: Path) -> None:
     part = archive.with_name(archive.name + ".part")
     try:
         _download(checkpoint.url, part)
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # ValueError: a redirect to what is no URL
         reason = " ".join(str(error).split())
         raise ConnectionError(f"{given}, but {checkpoint.url} cannot be downloaded: {reason}; {by_hand}") from error
     try:
@@ -140,12 +145,31 @@ def _provide(checkpoint: Checkpoint, path: Path) -> None:
         part.unlink()
 
 
+class _Session(requests.Session):
+    """Follows redirects itself: they may be few, none to another scheme, and their bodies are not read."""
+
+    def get_redirect_target(self, response: requests.Response) -> None:
+        """None: what requests does with a redirect begins with reading its body, however long."""
+
+    def answer(self, url: str, headers: dict[str, str]) -> requests.Response:
+        """The answer to a GET, its body unread."""
+        for _ in range(_MAX_REDIRECTS + 1):
+            response = self.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S)
+            if not response.is_redirect:
+                return response
+            response.close()
+            origin, url = url, urljoin(url, response.headers["Location"])
+            if urlsplit(url).scheme != urlsplit(origin).scheme:
+                raise requests.exceptions.InvalidSchema(f"it redirects to {url!r}, of another scheme")
+        raise requests.TooManyRedirects(f"it redirects more than {_MAX_REDIRECTS} times")
+
+
 def _download(url: str, part: Path) -> None:
     for _ in range(_ATTEMPTS):
         start = _size(part)
         # A compressed answer would make lengths and ranges those of something else than the file.
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
+        with _Session() as session, session.answer(url, headers) as response:
             status = response.status_code
             resumed = status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
             if start and not resumed and status in (206, 416):
@@ -163,15 +187,20 @@ def _download(url: str, part: Path) -> None:
 def _receive(response: requests.Response, part: Path, start: int) -> bool:
     """Whether the whole answer arrived; it is written to ``part`` from the byte ``start``, its end, on."""
     length = response.headers.get("Content-Length")
-    end = None if length is None else start + int(length)
+    end = start + int(length) if length is not None and length.isdecimal() else None
     bar = tqdm(total=end, initial=start, desc=part.stem, unit="B", unit_scale=True, dynamic_ncols=True)
     try:
         with bar, part.open("ab" if start else "wb") as file:
             for chunk in response.iter_content(_CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
+                if file.tell() > _MAX_BYTES:
+                    break
     except requests.RequestException:
         return False
+    if _size(part) > _MAX_BYTES:
+        part.unlink()
+        raise requests.HTTPError(f"the server sends more than {_MAX_BYTES} bytes")
     return end in (None, _size(part))  # not every version of urllib3 raises if there is less than announced
 
 
@@ -181,10 +210,13 @@ def _unpack(archive: Path, path: Path, sha1: str) -> None:
     try:
         try:
             with (
-                zipfile.ZipFile(archive) as archived,
+                open_zip(archive) as archived,
                 archived.open(path.name) as member,
                 unfinished.open("wb") as file,
             ):
+                # No more is read than the archive says there is.
+                if (size := archived.getinfo(path.name).file_size) > _MAX_BYTES:
+                    raise ValueError(f"it unpacks to {size} bytes, allowed are {_MAX_BYTES}")
                 shutil.copyfileobj(member, file)
         except OSError:
             raise

@@ -1,5 +1,3 @@
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -40,19 +38,6 @@ def test_files_of_each_kind_give_the_same_variables(tmp_path, tensors):
     expected = load_torch(NAME, tensors)
     for file in ("t.npz", "t.safetensors"):
         jax.tree.map(np.testing.assert_array_equal, load_torch(NAME, tmp_path / file), expected)
-
-
-def test_a_pth_file_gives_the_same_variables(tmp_path, tensors):
-    torch = pytest.importorskip("torch", exc_type=ImportError)
-    torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, tmp_path / "t.pth")
-    jax.tree.map(np.testing.assert_array_equal, load_torch(NAME, tmp_path / "t.pth"), load_torch(NAME, tensors))
-
-
-def test_a_pth_file_without_torch_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "t.pth").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with one_line_error(ImportError, "t.pth", "granq-jax[torch]", ".safetensors"):
-        load_torch(NAME, tmp_path / "t.pth")
 
 
 def test_every_problem_is_listed_by_name(tensors):

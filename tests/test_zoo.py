@@ -6,9 +6,11 @@ import socket
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
+import requests
 
 from granq_jax import zoo
 from tests.conftest import one_line_error
@@ -305,3 +307,103 @@ def test_an_unknown_name_is_refused(tmp_path):
     with one_line_error(ValueError, "config.teacher: ", "'resnet19'", *zoo.CHECKPOINTS):
         zoo.fetch("resnet19", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+class LongBody:
+    """Counts how much of it was read."""
+
+    def __init__(self):
+        self.read = 0
+
+    def stream(self, size, decode_content=True):
+        while self.read < 10_000_000:
+            self.read += size
+            yield b"!" * size
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Answers by URL: the target of a redirect, or the body; returns those dictionaries and what was asked for."""
+    table, asked = {}, []
+
+    def send(self, request, **_):
+        response = requests.Response()
+        response.url, response.request = request.url, request
+        asked.append(request.url)
+        answer = table.get(request.url)
+        if isinstance(answer, bytes):
+            response.status_code, response.raw = 200, io.BytesIO(answer)
+        else:
+            response.status_code = 302 if answer else 404
+            response.headers["Location"] = answer or ""
+            table[request.url, "body"] = response.raw = LongBody()
+        return response
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    monkeypatch.setattr(zoo, "CHECKPOINTS", {NAME: CHECKPOINT})
+    return table, asked
+
+
+def test_a_redirect_to_another_host_is_followed(answers, tmp_path):
+    table, asked = answers
+    table[CHECKPOINT.url] = "https://objects.example.org/a?b=c"
+    table["https://objects.example.org/a?b=c"] = "/d"
+    table["https://objects.example.org/d"] = ARCHIVE
+    assert zoo.fetch(NAME, tmp_path).read_bytes() == PAYLOAD
+    assert asked == [CHECKPOINT.url, "https://objects.example.org/a?b=c", "https://objects.example.org/d"]
+    assert table[CHECKPOINT.url, "body"].read == 0
+
+
+@pytest.mark.parametrize(
+    "target", ["http://example.org/a", "file:///etc/passwd", "ftp://example.org/a", "HTTP://example.org", "https://["]
+)
+def test_a_redirect_to_another_scheme_is_not_followed(answers, tmp_path, target):
+    table, asked = answers
+    table[CHECKPOINT.url] = target
+    table[target] = ARCHIVE
+    words = ["Invalid"] if target == "https://[" else ["redirects to", target[4:], "another scheme"]
+    with one_line_error(ConnectionError, "config.teacher", CHECKPOINT.url, *words):
+        zoo.fetch(NAME, tmp_path)
+    assert asked == [CHECKPOINT.url]
+    assert kept(tmp_path) == set()
+
+
+def test_redirects_come_to_an_end(answers, tmp_path):
+    table, asked = answers
+    table[CHECKPOINT.url] = CHECKPOINT.url
+    with one_line_error(ConnectionError, "config.teacher", "redirects more than 5 times"):
+        zoo.fetch(NAME, tmp_path)
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_a_server_that_sends_without_end_is_cut_off(server, tmp_path, monkeypatch, says_length):
+    monkeypatch.setattr(zoo, "_MAX_BYTES", 100_000)
+    server.body, server.says_length = bytes(50_000_000), says_length
+    with one_line_error(ConnectionError, "config.teacher", CHECKPOINT.url, "sends more than 100000 bytes"):
+        zoo.fetch(NAME, tmp_path)
+    assert kept(tmp_path) == set()
+    assert len(server.seen) == 1
+
+
+def test_an_archive_that_unpacks_to_more_than_any_checkpoint_is_refused(server, tmp_path, archive, monkeypatch):
+    monkeypatch.setattr(zoo, "_MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(zoo.shutil, "copyfileobj", mock.Mock(side_effect=AssertionError("it was unpacked")))
+    archive.write_bytes(zipped(bytes(100_000_000)))
+    with one_line_error(ValueError, "config.teacher", str(archive), "unpacks to 100000000 bytes, allowed are 1000000"):
+        zoo.fetch(NAME, tmp_path)
+
+
+def test_no_more_is_unpacked_than_the_archive_announces(server, tmp_path, archive):
+    """The limit holds for what is unpacked, not only for what is announced: zipfile stops there."""
+    data = bytearray(zipped(bytes(100_000_000)))
+    for signature, offset in (b"PK\1\2", 24), (b"PK\3\4", 22):  # the uncompressed size
+        place = data.index(signature) + offset
+        data[place : place + 4] = (5).to_bytes(4, "little")
+    archive.write_bytes(data)
+    with one_line_error(ValueError, str(archive), "not a sound zip file"):
+        zoo.fetch(NAME, tmp_path)
+    assert kept(tmp_path) == {archive.name}

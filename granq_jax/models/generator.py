@@ -140,6 +140,8 @@ class Generator(nn.Module):
         size = self.image_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 4 or size % 4:
             raise ValueError(f"Generator.image_size: got {size!r}, allowed are positive multiples of 4")
+        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes < 1:
+            raise ValueError(f"Generator.classes: got {self.classes!r}, allowed are whole numbers from 1")
         if self.channels not in (1, 3):
             raise ValueError(f"Generator.channels: got {self.channels!r}, allowed are 1 and 3")
         super().__post_init__()

@@ -42,7 +42,7 @@ NETWORKS = {
 
 def network(name: str) -> Network:
     """The registered network ``name``; a ``ValueError`` lists the names there are."""
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         raise ValueError(f"network: got {name!r}, allowed are {', '.join(NETWORKS)}")
     return NETWORKS[name]
 

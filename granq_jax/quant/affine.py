@@ -96,7 +96,10 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 def check_float(x: jax.Array) -> jax.Array:
     """Returns ``x`` as an array; raises a ``TypeError`` if it does not hold floating-point numbers."""
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"x: got {type(x).__name__}, allowed are floating-point arrays: {error}") from None
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x: got dtype {x.dtype}, allowed are floating-point dtypes")
     return x
@@ -153,7 +156,17 @@ def _quantize_codes(x, bits, granularity, impl):
     return QuantizedArray(codes, scale, zero_point, bits)
 
 
-@jax.jit
 def dequantize(q: QuantizedArray) -> jax.Array:
-    """The values that the codes of ``q`` stand for, in the dtype of its scale."""
+    """The values that the codes of ``q`` stand for, in the dtype of its scale.
+
+    Raises:
+      TypeError: if ``q`` is not a ``QuantizedArray``.
+    """
+    if not isinstance(q, QuantizedArray):
+        raise TypeError(f"q: got {type(q).__name__}, allowed is a QuantizedArray")
+    return _dequantize(q)
+
+
+@jax.jit
+def _dequantize(q):
     return affine_values(q.codes.astype(q.scale.dtype), q.scale, q.zero_point)

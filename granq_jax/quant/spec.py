@@ -14,6 +14,7 @@ ACT_GRANULARITIES = ("sample_channel", "channel", "sample", "tensor")
 GRANULARITIES = ("sample_channel", "channel", "sample", "tensor", "out_channel", "kernel")
 PLACEMENTS = ("activation", "operand")
 
+_OVERRIDE = "a pair of a regular expression and a dict of fields"
 _OVERRIDABLE = ("weight_bits", "act_bits", "weight_granularity", "act_granularity")
 
 
@@ -121,6 +122,8 @@ class QuantSpec:
         check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
         check_choice("QuantSpec.placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "activation_modules", _checked_modules(self.activation_modules, self.placement))
+        if not isinstance(self.overrides, tuple | list):
+            raise TypeError(f"QuantSpec.overrides: got {self.overrides!r}, allowed is a tuple of {_OVERRIDE}")
         object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
         for pattern, fields in self.overrides:
             try:
@@ -147,7 +150,7 @@ class QuantSpec:
 
 
 def _checked_modules(modules: Any, placement: str) -> tuple[str | type, ...]:
-    if isinstance(modules, str | type):
+    if not isinstance(modules, tuple | list | set | frozenset):
         raise TypeError(f"QuantSpec.activation_modules: got {modules!r}, allowed is a tuple of classes or class names")
     modules = tuple(modules)
     for module in modules:
@@ -163,17 +166,19 @@ def _checked_modules(modules: Any, placement: str) -> tuple[str | type, ...]:
 
 def _checked_override(override: Any) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Normalises one override to ``(pattern, sorted items)``, which is hashable."""
-    shape = "a pair of a regular expression and a dict of fields"
     if not isinstance(override, tuple | list) or len(override) != 2:
-        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {shape}")
+        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}")
     pattern, fields = override
     if not isinstance(pattern, str) or not isinstance(fields, Mapping | tuple):
-        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {shape}")
+        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}")
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"QuantSpec.overrides: {pattern!r} is not a regular expression: {error}") from None
-    items = tuple(sorted(dict(fields).items()))
-    for name, _ in items:
+    try:
+        fields = dict(fields)
+    except (TypeError, ValueError):
+        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}") from None
+    for name in fields:
         check_choice(f"QuantSpec.overrides[{pattern!r}]", name, _OVERRIDABLE)
-    return pattern, items
+    return pattern, tuple(sorted(fields.items()))

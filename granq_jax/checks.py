@@ -1,0 +1,89 @@
+"""What values of settings are allowed, each as a test and as the words that say it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def whole(low: int, high: int | None = None) -> Check:
+    """Whole numbers from ``low`` to ``high``."""
+    allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
+    return lambda v: type(v) is int and v >= low and (high is None or v <= high), allowed
+
+
+def real(low: float, high: float = math.inf, low_open: bool = False) -> Check:
+    """Finite numbers from ``low``, or above it, to ``high``."""
+    allowed = f"finite numbers {'above' if low_open else 'from'} {low:g}"
+    if high < math.inf:
+        allowed += f" to {high:g}"
+
+    def holds(v):
+        # Whole numbers too large for a float are not finite either.
+        return _is_real(v) and abs(v) <= _MAX and (v > low if low_open else v >= low) and v <= high
+
+    return holds, allowed
+
+
+def choice(*values: str) -> Check:
+    """One of ``values``."""
+    return lambda v: isinstance(v, str) and v in values, ", ".join(map(repr, values))
+
+
+def truth() -> Check:
+    """Truth values."""
+    return lambda v: type(v) is bool, "True and False"
+
+
+def text() -> Check:
+    """Strings."""
+    return lambda v: type(v) is str, "strings"
+
+
+def betas() -> Check:
+    """Decay rates of Adam."""
+
+    def holds(v):
+        return isinstance(v, tuple) and len(v) == 2 and all(_is_real(b) and 0 <= b < 1 for b in v)
+
+    return holds, "pairs of numbers from 0 to below 1"
+
+
+def increasing_epochs() -> Check:
+    """Epochs at which something happens."""
+
+    def holds(v):
+        return (
+            isinstance(v, tuple)
+            and all(type(e) is int and e >= 1 for e in v)
+            and all(a < b for a, b in itertools.pairwise(v))
+        )
+
+    return holds, "tuples of increasing whole numbers from 1"
+
+
+def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
+    """Raises a ``ValueError`` that names the first attribute of ``owner`` that is not allowed.
+
+    Example:
+      >>> import types
+      >>> check_fields(types.SimpleNamespace(bits=1), {"bits": whole(2, 8)})
+      Traceback (most recent call last):
+      ...
+      ValueError: SimpleNamespace.bits: got 1, allowed are whole numbers from 2 to 8
+    """
+    for field, (holds, allowed) in checks.items():
+        value = getattr(owner, field)
+        if not holds(value):
+            raise ValueError(f"{type(owner).__name__}.{field}: got {value!r}, allowed are {allowed}")
+
+
+_MAX = 1.7976931348623157e308
+
+
+def _is_real(v: Any) -> bool:
+    return isinstance(v, int | float) and not isinstance(v, bool)
