@@ -1,20 +1,23 @@
-"""How far joint steps on 2, 4 and 8 devices are from the same steps on one.
+"""How far joint steps on 2, 4 and 8 devices, and on those of two processes, are from the same steps on one.
 
     python benchmarks/device_agreement.py
 
-Trains ten steps, warm-up and joint, on virtual CPU devices and prints for each number of devices the
-greatest relative difference of each loss term from one device's: float64 shows whether the
+Trains twenty steps, warm-up and joint, on virtual CPU devices and prints for each number of devices
+the greatest relative difference of each loss term from one device's: float64 shows whether the
 arithmetic is the same, float32 what rounding makes of it, since a value near a rounding boundary may
-fall on the other level.
+fall on the other level. The last row of each is two processes of two devices each.
 """
 
 import argparse
 import json
 import os
+import socket
+import subprocess
 import sys
 
 DEVICES = (1, 2, 4, 8)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(DEVICES)}"
+PROCESSES, DEVICES_EACH = 2, 2
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(DEVICES)))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -25,6 +28,7 @@ from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer
 from granq_jax.joint_run import JointRun
 from granq_jax.metrics import LOSSES
 from granq_jax.models.registry import network
+from granq_jax.processes import join
 
 
 def losses_of_run(name, granularity, dtype, steps, devices):
@@ -52,17 +56,42 @@ def losses_of_run(name, granularity, dtype, steps, devices):
     return np.array([[row[term] for term in LOSSES] for row in rows], np.float64)
 
 
-def measure(name="resnet20_cifar10", granularity="sample_channel", steps=10, dtypes=("float64", "float32")):
+def losses_of_processes(name, granularity, dtype, steps):
+    """The same from ``PROCESSES`` processes of ``DEVICES_EACH`` devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, __file__, "--network", name, "--granularity", granularity, "--dtypes", str(dtype)]
+    command += ["--steps", str(steps), "--coordinator-address", address, "--process-id"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(DEVICES_EACH)}
+    running = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(PROCESSES)
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise RuntimeError(f"exit statuses {[process.returncode for process in running]}")
+    # Gloo, which carries the collectives, prints to stdout as well.
+    first, *others = [output.splitlines()[-1] for output in outputs]
+    assert all(other == first for other in others), "each process sees the losses of the whole batch"
+    return np.array(json.loads(first))
+
+
+def measure(name="resnet20_cifar10", granularity="sample_channel", steps=20, dtypes=("float64", "float32")):
     """{dtype: {devices: [greatest relative difference of each term of LOSSES]}}."""
     table = {}
     for dtype in dtypes:
         with jax.enable_x64(dtype == "float64"):
             runs = {
-                count: losses_of_run(name, granularity, jnp.dtype(dtype), steps, jax.devices()[:count])
+                str(count): losses_of_run(name, granularity, jnp.dtype(dtype), steps, jax.devices()[:count])
                 for count in DEVICES
             }
-        difference = {n: np.abs(run - runs[1]) / np.maximum(np.abs(runs[1]), 1e-30) for n, run in runs.items()}
-        table[dtype] = {n: d.max(axis=0).tolist() for n, d in difference.items() if n > 1}
+        one = runs.pop("1")
+        runs[f"{PROCESSES} x {DEVICES_EACH}"] = losses_of_processes(name, granularity, dtype, steps)
+        table[dtype] = {
+            devices: (np.abs(run - one) / np.maximum(np.abs(one), 1e-30)).max(axis=0).tolist()
+            for devices, run in runs.items()
+        }
     return table
 
 
@@ -70,10 +99,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--network", default="resnet20_cifar10")
     parser.add_argument("--granularity", default="sample_channel")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtypes", nargs="+", default=["float64", "float32"])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--coordinator-address", help=argparse.SUPPRESS)  # of one of the processes
+    parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.coordinator_address:
+        join(options.coordinator_address, PROCESSES, options.process_id)
+        (dtype,) = options.dtypes
+        with jax.enable_x64(dtype == "float64"):
+            run = losses_of_run(options.network, options.granularity, jnp.dtype(dtype), options.steps, jax.devices())
+        print(json.dumps(run.tolist()))
+        return
     table = measure(options.network, options.granularity, options.steps, options.dtypes)
     if options.json:
         json.dump(table, sys.stdout)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.flax
 
+from granq_jax.processes import from_first, is_first
 from granq_jax.stopping import RunError
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in ``workdir/checkpoints``.
 
-    Each holds a digest of all that is in it, and is used only if that is still right.
+    Each holds a digest of all that is in it, and is used only if that is still right. Of several
+    processes, the first reads and writes; the others are given what it reads, and must call as it does.
 
     Attributes:
       best_step: a step whose checkpoint is kept beside the newest ones; set by the caller.
@@ -53,10 +55,16 @@ class Checkpoints:
         self._keep = keep
         self._read_only = read_only
         self._directory = (workdir / "checkpoints").absolute()
+        self._manager: Any = None
+        if not is_first():
+            return
+        if not read_only:
+            self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                create=not read_only,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+                create=False,
                 read_only=read_only,
                 save_interval_steps=0 if read_only else 1,
                 cleanup_tmp_directories=not read_only,  # of a process that was killed
@@ -77,29 +85,29 @@ class Checkpoints:
         Raises:
           RunError: if this one or the one before could not be written.
         """
-        if step in self._manager.all_steps():
+        if self._manager is None or step in self._manager.all_steps():
             return
         # Copies: the arrays of a state may be donated to the next step while they are being written.
         arrays = jax.tree.map(np.array, jax.device_get(flax.serialization.to_state_dict(state)))
         notes = dict(notes or {})
         record = {"notes": notes, "sha256": _digest(arrays, notes)}
         self._guarded(
-            self._manager.save,
+            "save",
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
         )
 
     def check(self) -> None:
         """Raises :class:`RunError` if it is known by now that a checkpoint could not be written."""
-        self._guarded(self._manager.check_for_errors)
+        self._guarded("check_for_errors")
 
     def wait(self) -> None:
         """Waits for what is being written; raises :class:`RunError` if that fails."""
-        self._guarded(self._manager.wait_until_finished)
+        self._guarded("wait_until_finished")
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, whole or damaged; ``None`` if there is none."""
-        return self._manager.latest_step()
+        return None if self._manager is None else self._manager.latest_step()
 
     def newest(self, like: Any) -> Saved | None:
         """The newest checkpoint that is whole; ``None`` if there is none at all.
@@ -112,8 +120,13 @@ class Checkpoints:
         Raises:
           RunError: if all checkpoints are damaged.
         """
-        arrays = flax.serialization.to_state_dict(like)
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), arrays)
+        found = from_first(lambda: self._newest(flax.serialization.to_state_dict(like)))
+        if found is None:
+            return None
+        return Saved(found["step"], flax.serialization.from_state_dict(like, found["state"]), found["notes"])
+
+    def _newest(self, like: Any) -> dict[str, Any] | None:
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
         damaged: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -128,7 +141,7 @@ class Checkpoints:
                 )
                 continue
             self._move_aside(damaged)
-            return Saved(step, flax.serialization.from_state_dict(like, arrays), notes)
+            return {"step": step, "state": arrays, "notes": notes}
         if damaged:
             raise RunError(
                 f"workdir: all checkpoints in {str(self._directory)!r} are damaged ({', '.join(map(str, damaged))}); "
@@ -138,7 +151,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written; raises :class:`RunError` if that fails."""
-        self._guarded(self._manager.close)
+        self._guarded("close")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -172,9 +185,11 @@ class Checkpoints:
             os.replace(self._directory / str(step), aside)
         self._manager.reload()
 
-    def _guarded(self, function: Callable, *args: Any, **kwargs: Any) -> None:
+    def _guarded(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self._manager is None:
+            return
         try:
-            function(*args, **kwargs)
+            getattr(self._manager, method)(*args, **kwargs)
         except Exception as error:  # the file system's errors come out of Orbax in many types
             raise RunError(
                 f"a checkpoint could not be written to {str(self._directory)!r}: {_one_line(error)}"
@@ -207,7 +222,12 @@ def _one_line(error: Exception) -> str:
 
 
 def save_variables(path: Path, variables: Any) -> None:
-    """Writes Flax variables to a ``.safetensors`` file, under ``/``-joined names, whole or not at all."""
+    """Writes Flax variables to a ``.safetensors`` file, under ``/``-joined names, whole or not at all.
+
+    Of several processes, the first does so.
+    """
+    if not is_first():
+        return
     unfinished = path.with_name(path.name + ".tmp")
     safetensors.flax.save_file(flax.traverse_util.flatten_dict(variables, sep="/"), unfinished)
     os.replace(unfinished, path)

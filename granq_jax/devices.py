@@ -13,7 +13,10 @@ AXIS = "batch"
 
 
 def sample_index(batch_size: int, devices: Sequence[jax.Device], field: str = "batch_size") -> np.ndarray:
-    """The global sample indices of a batch, (devices, batch_size / devices), int32.
+    """The global indices of the samples that fall to this process's share of ``devices``.
+
+    Returns:
+      (its devices, batch_size / devices), int32; of the only process, all of the batch.
 
     Raises:
       ValueError: if the batch does not divide evenly; it names ``field`` and sizes that do.
@@ -27,16 +30,27 @@ def sample_index(batch_size: int, devices: Sequence[jax.Device], field: str = "b
     if batch_size % count:
         below = batch_size // count * count
         near = " or ".join(str(size) for size in (below, below + count) if size)
-        raise ValueError(
-            f"{field}: got {batch_size} on {count} devices, allowed are multiples of {count}, such as {near}"
-        )
-    return np.arange(batch_size, dtype=np.int32).reshape(count, -1)
+        processes = len({device.process_index for device in devices})
+        where = f"{count} devices" + (f" of {processes} processes" if processes > 1 else "")
+        raise ValueError(f"{field}: got {batch_size} on {where}, allowed are multiples of {count}, such as {near}")
+    own = [device.process_index == jax.process_index() for device in devices]
+    return np.arange(batch_size, dtype=np.int32).reshape(count, -1)[own]
 
 
 def place(tree: Any, devices: Sequence[jax.Device], split: bool = False) -> Any:
-    """Puts ``tree`` where a mapped function wants it: whole on each device, or split by axis 0."""
+    """Puts ``tree`` where a mapped function wants it: whole on each device, or split by axis 0.
+
+    Of several processes, each gives the whole of what is to be whole, the same in all, and its own
+    devices' part of what is to be split. What is there already stays as it is.
+    """
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS) if split else PartitionSpec())
-    return jax.device_put(tree, sharding)
+
+    def put(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree.map(put, tree)
 
 
 def settle(tree: Any, devices: Sequence[jax.Device]) -> None:

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
-from granq_jax.config import TRAIN_A_TEACHER, check_config
+from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
 from granq_jax.devices import AXIS, place, sample_index
+from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
 from granq_jax.quant.spec import check_choice
 from granq_jax.record import check_writable, describe, versions, write_json
@@ -74,21 +75,25 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
       ValueError, OSError, ImportError: for a setting, teacher or data set that cannot be used, or if
         a student is asked for and there is none.
     """
-    check_config(config)
+    check_alike({"--mode": "evaluate", "--subject": subject, **dict(flat(config, "config."))})
     workdir = Path(workdir)
-    holds_run = os.path.isdir(workdir / "checkpoints")
+    devices = jax.devices()
+    holds_run = from_first(lambda: os.path.isdir(workdir / "checkpoints"))
     subject = subject or ("student" if holds_run else "teacher")
-    check_choice("subject", subject, SUBJECTS)
-    if config.eval != "test":
-        raise ValueError(f"config.eval: got {config.eval!r}, allowed is 'test' in order to evaluate")
-    if subject != "teacher" and not holds_run:
-        raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-    if subject != "student" and config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).is_file():
-        raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
-    check_writable(workdir)
-    devices = jax.local_devices()
-    check_devices(config, devices)
-    split = load_split(config.dataset, "test", config.data_dir)
+    with together():
+        check_config(config)
+        check_choice("subject", subject, SUBJECTS)
+        if config.eval != "test":
+            raise ValueError(f"config.eval: got {config.eval!r}, allowed is 'test' in order to evaluate")
+        if subject != "teacher" and not holds_run:
+            raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+        is_trained_here = subject != "student" and config.teacher == TRAIN_A_TEACHER
+        if is_trained_here and is_first() and not (workdir / TRAINED_TEACHER).is_file():
+            raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
+        if is_first():
+            check_writable(workdir)
+        check_devices(config, devices)
+        split = load_split(config.dataset, "test", config.data_dir)
     trainer = make_trainer(config)
     evaluation = {**describe(config), "eval_examples": len(split)}
     if subject != "student":
@@ -104,8 +109,9 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
             **percentages("student", evaluate(student)),
         }
     evaluation["versions"] = versions()
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "evaluation.json", evaluation)
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "evaluation.json", evaluation)
     return evaluation
 
 
@@ -133,7 +139,7 @@ def percentages(subject: str, accuracy: Accuracy | None, suffix: str = "") -> di
 
 
 def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Evaluation:
-    shape = sample_index(batch_size, devices, "eval_batch_size").shape
+    share = sample_index(batch_size, devices, "eval_batch_size")
 
     def correct(variables, images, labels, weights):
         logits = apply(variables, images)
@@ -147,8 +153,8 @@ def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Se
     def evaluate(variables):
         variables = place(variables, devices)
         totals = np.zeros(2)  # a batch's counts are whole numbers that float32 holds exactly; their sum may not be
-        for batch in batches(split, batch_size):
-            parts = place([a.reshape(*shape, *a.shape[1:]) for a in batch], devices, split=True)
+        for batch in batches(split, batch_size, share.ravel()):
+            parts = place([a.reshape(*share.shape, *a.shape[1:]) for a in batch], devices, split=True)
             # Read at once, so that batches do not pile up on the device; the next one is decoded meanwhile.
             totals += jax.device_get(mapped(variables, *parts))
         return Accuracy(*(100.0 * float(total) / len(split) for total in totals))

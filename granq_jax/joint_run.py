@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from granq_jax.devices import place, sample_index, settle
+from granq_jax.processes import is_first
 from granq_jax.step import CHECKED, evaluation_mode, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables
 
@@ -103,7 +104,7 @@ def zero_shot_quantize(
       trainer: model, generator, and how to quantize and train.
       teacher: the trained variables of ``trainer.model``.
       epochs: of ``trainer.optimizers.steps_per_epoch`` steps, warm-up included.
-      devices: to spread the batch over; by default all local ones.
+      devices: to spread the batch over; by default all, those of other processes included.
 
     Raises:
       ValueError: if the batch does not divide evenly over the devices, or no epoch is left after
@@ -115,8 +116,8 @@ def zero_shot_quantize(
     if type(epochs) is not int or epochs <= o.warmup_epochs:
         raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
     _check_fit(trainer, teacher)
-    run = JointRun(trainer, teacher, devices or jax.local_devices())
-    for step in tqdm(range(epochs * o.steps_per_epoch), unit="step", dynamic_ncols=True):
+    run = JointRun(trainer, teacher, devices or jax.devices())
+    for step in tqdm(range(epochs * o.steps_per_epoch), unit="step", dynamic_ncols=True, disable=not is_first()):
         run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
         if run.step % o.steps_per_epoch == 0:
             run.check()

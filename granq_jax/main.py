@@ -1,7 +1,8 @@
 """The command line.
 
 ``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--subject SUBJECT]
-[--overwrite] [--compilation-cache DIR] [--config.KEY=VALUE ...]``
+[--overwrite] [--compilation-cache DIR] [--config.KEY=VALUE ...]``; of several processes each with
+``--coordinator-address HOST:PORT --num-processes N --process-id I``, or ``--distributed``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from granq_jax import processes
 from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import SUBJECTS, evaluate_run
@@ -58,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="where compiled programs are kept for later runs, or 'off'; by default in the user's cache",
     )
+    several = parser.add_argument_group("several processes", "Each is started with the same command, but for its id.")
+    several.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 is, and a free port there")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    several.add_argument(
+        "--distributed", action="store_true", help="take what is not given of these from the cluster (Slurm, ...)"
+    )
     logging.basicConfig(format="%(message)s", force=True)  # libraries have made the root logger theirs
     logging.getLogger("granq_jax").setLevel(logging.INFO)
     for noisy in ("absl", "concurrent.futures"):  # Orbax logs traces of errors that it also raises
@@ -84,15 +95,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments["subject"] = options.subject or ""
         elif options.mode == "train":
             arguments["overwrite"] = options.overwrite
+        address = (options.coordinator_address, options.num_processes, options.process_id)
+        if options.distributed or any(value is not None for value in address):
+            processes.join(*address)
         with interruptible():
             result = MODES[options.mode](config, workdir, **arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
         return _end(f"error: {error}", 2)
-    except RunError as error:
-        return _end(f"error: {error}", 1)
     except Interrupted as interrupted:
         return _end(str(interrupted), interrupted.exit_status)
-    print(json.dumps(result, indent=2))
+    except RunError as error:
+        _end(f"error: {error}", 1)
+        return processes.leave(1) if jax.distributed.is_initialized() else 1
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            traceback.print_exc()
+        _end(
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, perhaps because another one "
+            f"has ended; started again with the same --workdir, all of them go on from the last checkpoint: {error}",
+            1,
+        )
+        return processes.leave(1)
+    if processes.is_first():
+        print(json.dumps(result, indent=2))
     return 0
 
 

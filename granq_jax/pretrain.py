@@ -15,6 +15,7 @@ import optax
 from tqdm.auto import tqdm
 
 from granq_jax.devices import AXIS, place, sample_index, settle
+from granq_jax.processes import is_first
 from granq_jax.splits import Batch, Split, ahead
 from granq_jax.stopping import RunError
 from granq_jax.trainer import Variables
@@ -83,7 +84,7 @@ def pretrain(
       model: called with ``train=True`` to train.
       split: training images.
       settings: how to train.
-      devices: to spread a batch over; by default all local ones.
+      devices: to spread a batch over; by default all, those of other processes included.
       restore: given the state to start from, returns the one to go on from.
       after_epoch: called with the state and the epoch's mean loss.
 
@@ -91,8 +92,8 @@ def pretrain(
       ValueError: as :func:`check_batches` does.
       RunError: if the loss is no longer finite.
     """
-    devices = devices or jax.local_devices()
-    check_batches(settings, split, devices)
+    devices = devices or jax.devices()
+    share = check_batches(settings, split, devices)
     steps_per_epoch = len(split) // settings.batch_size
     total = settings.epochs * steps_per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, max(1, total // 10), max(2, total))
@@ -119,11 +120,12 @@ def pretrain(
     )
     state = place(restore(_state(0, variables, optimizer.init(variables["params"]))), devices)
     done = int(state.epoch)
-    with tqdm(total=total, initial=done * steps_per_epoch, unit="step", desc="teacher", dynamic_ncols=True) as bar:
+    shown = {"unit": "step", "desc": "teacher", "dynamic_ncols": True, "disable": not is_first()}
+    with tqdm(total=total, initial=done * steps_per_epoch, **shown) as bar:
         for epoch in range(done, settings.epochs):
             variables, opt_state, losses = state.variables, state.opt_state, []
-            for batch in ahead(_shuffled_batches(split, settings, epoch)):
-                parts = [array.reshape(len(devices), -1, *array.shape[1:]) for array in batch]
+            for batch in ahead(_shuffled_batches(split, settings, epoch, share.ravel())):
+                parts = [array.reshape(*share.shape, *array.shape[1:]) for array in batch]
                 parts = place(parts, devices, split=True)
                 variables, opt_state, loss = mapped(variables, opt_state, *parts)
                 settle(loss, devices)
@@ -138,29 +140,34 @@ def pretrain(
     return state.variables
 
 
-def check_batches(settings: PretrainSettings, split: Split, devices: Sequence[jax.Device]) -> None:
-    """Raises a ``ValueError`` if a batch is larger than ``split`` or does not divide over ``devices``."""
-    sample_index(settings.batch_size, devices, "config.teacher_training.batch_size")
+def check_batches(settings: PretrainSettings, split: Split, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Raises a ``ValueError`` if a batch is larger than ``split`` or does not divide over ``devices``.
+
+    Returns:
+      The places of a batch that fall to this process, as :func:`granq_jax.devices.sample_index` does.
+    """
+    share = sample_index(settings.batch_size, devices, "config.teacher_training.batch_size")
     if settings.batch_size > len(split):
         raise ValueError(
             f"config.teacher_training.batch_size: got {settings.batch_size}, "
             f"allowed are whole numbers up to the {len(split)} training images"
         )
+    return share
 
 
 def _state(epoch: int, variables: Variables, opt_state: optax.OptState) -> PretrainState:
     return PretrainState(jnp.asarray(epoch, jnp.int32), variables, opt_state)
 
 
-def _shuffled_batches(split: Split, settings: PretrainSettings, epoch: int) -> Iterator[Batch]:
+def _shuffled_batches(split: Split, settings: PretrainSettings, epoch: int, share: np.ndarray) -> Iterator[Batch]:
     # A stream of its own for each epoch: training that goes on sees what it would have seen.
     rng = np.random.default_rng((settings.seed, epoch))
     small = epoch < settings.small_epochs
     size, max_shift = (settings.small_size, 0) if small else (split.dataset.image_size, settings.max_shift)
     order = rng.permutation(len(split))
     for start in range(0, len(split) - settings.batch_size + 1, settings.batch_size):
-        images, labels = split.augmented(order[start : start + settings.batch_size], rng, size, max_shift)
+        images, labels = split.augmented(order[start : start + settings.batch_size], rng, size, max_shift, share)
         if settings.flip:
-            mirrored = rng.random(len(labels)) < 0.5
+            mirrored = rng.random(settings.batch_size)[share] < 0.5
             images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
         yield split.dataset.normalise(images), labels

@@ -15,11 +15,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from granq_jax.processes import is_first
+
 _PACKAGES = ("granq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one."""
+    """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one.
+
+    Of several processes, the first does so.
+    """
+    if not is_first():
+        return
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("w") as file:
         file.write(json.dumps(value, indent=2) + "\n")

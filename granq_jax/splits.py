@@ -16,6 +16,7 @@ import PIL.Image
 
 T = TypeVar("T")
 Batch = tuple[np.ndarray, np.ndarray]
+ALL = slice(None)
 
 # Resized so that the centre crop keeps 87.5 % of the shorter side: 256 for 224 pixels, as in the
 # evaluation of the public ImageNet checkpoints.
@@ -60,17 +61,25 @@ class MemorySplit:
         """Images (n, H, W, C), uint8, and labels (n,), int32, for evaluation."""
         return self.images[indices], self.labels[indices]
 
-    def augmented(self, indices: np.ndarray, rng: np.random.Generator, size: int, max_shift: int) -> Batch:
+    def augmented(
+        self,
+        indices: np.ndarray,
+        rng: np.random.Generator,
+        size: int,
+        max_shift: int,
+        share: np.ndarray | slice = ALL,
+    ) -> Batch:
         """The same for training: windows of ``size`` pixels at random places.
 
-        ``max_shift`` is how far a window may reach over the image's edge, where it sees zeros.
+        ``max_shift`` is how far a window may reach over the image's edge, where it sees zeros. Only
+        those at the places ``share`` of ``indices`` are made, and are what they are among all.
         """
         around = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
-        padded = np.pad(self.images[indices], around)
+        padded = np.pad(self.images[indices[share]], around)
         places = padded.shape[1] - size + 1
-        rows, columns = rng.integers(0, places, (2, len(indices)))
+        rows, columns = rng.integers(0, places, (2, len(indices)))[:, share]
         windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
-        return windows[np.arange(len(indices)), rows, columns].transpose(0, 2, 3, 1), self.labels[indices]
+        return windows[np.arange(len(rows)), rows, columns].transpose(0, 2, 3, 1), self.labels[indices[share]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +108,21 @@ class EncodedSplit:
         """Images (n, H, W, C), uint8, and labels (n,), int32: resized, and their centres cut out."""
         return self._decoded(indices, [centre_crop] * len(indices), self.dataset.image_size)
 
-    def augmented(self, indices: np.ndarray, rng: np.random.Generator, size: int, max_shift: int) -> Batch:
+    def augmented(
+        self,
+        indices: np.ndarray,
+        rng: np.random.Generator,
+        size: int,
+        max_shift: int,
+        share: np.ndarray | slice = ALL,
+    ) -> Batch:
         """The same for training: random parts of the photographs, resized to ``size`` pixels.
 
-        ``max_shift`` is for small images; a part of a photograph never reaches over its edge.
+        ``max_shift`` is for small images; a part of a photograph never reaches over its edge. Only
+        those at the places ``share`` of ``indices`` are made, and are what they are among all.
         """
-        crops = [RandomCrop(*rng.random((2, _CROP_ATTEMPTS, 2))) for _ in indices]
-        return self._decoded(indices, crops, size)
+        crops = [RandomCrop(*draws) for draws in rng.random((len(indices), 2, _CROP_ATTEMPTS, 2))[share]]
+        return self._decoded(indices[share], crops, size)
 
     def _decoded(self, indices, crops, size) -> Batch:
         def decoded(index, data, crop):
@@ -125,16 +142,24 @@ class EncodedSplit:
 Split = MemorySplit | EncodedSplit
 
 
-def batches(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def batches(
+    split: Split, batch_size: int, share: np.ndarray | slice = ALL
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Normalised images, labels and weights in order, every batch of the same size, made ahead of use.
 
     The last batch is filled up with copies of its first image, of weight 0: copies, so that a range
     measured over a batch is that of its real images.
+
+    Args:
+      split: the images.
+      batch_size: images a batch.
+      share: which places of each batch are made; by default all.
     """
+    places = np.arange(batch_size)[share]
 
     def one_by_one():
         for start in range(0, len(split), batch_size):
-            indices = np.arange(start, start + batch_size)
+            indices = start + places
             real = indices < len(split)
             images, labels = split.examples(np.where(real, indices, start))
             yield split.dataset.normalise(images), labels, real.astype(np.float32)

@@ -51,6 +51,9 @@ class Interruption:
         if self._signal is not None and before is None:
             raise Interrupted(self._signal)
 
+    def agree(self) -> None:
+        """Called where several processes have taken the same steps; see :mod:`granq_jax.processes`."""
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             return  # it is ending already, and must not lose what it saves by a second signal
@@ -60,7 +63,7 @@ class Interruption:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Interruption]:
+def interruptible(interruption: Interruption | None = None) -> Iterator[Interruption]:
     """SIGTERM and SIGINT raise :class:`Interrupted` within, unless they are ignored.
 
     Outside the main thread nothing changes, since signals come to that one.
@@ -75,7 +78,7 @@ def interruptible() -> Iterator[Interruption]:
       the step is completed
       interrupted by SIGTERM
     """
-    interruption = Interruption()
+    interruption = interruption or Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return

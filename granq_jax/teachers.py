@@ -19,6 +19,7 @@ from granq_jax.config import TRAIN_A_TEACHER
 from granq_jax.data import load_split
 from granq_jax.models.registry import create_model
 from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
+from granq_jax.processes import from_first, is_first, together
 from granq_jax.record import write_json
 from granq_jax.splits import Split
 from granq_jax.torch_import import load_torch
@@ -67,22 +68,27 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
       ValueError, OSError: as :func:`check_teacher`, :func:`granq_jax.zoo.fetch` and
         :func:`granq_jax.load_torch` do.
     """
+    # Several processes must have the very same teacher, whatever their files hold.
+    variables = from_first(lambda: _read_teacher(config, workdir))
+    if variables is None:
+        variables, _ = run_training(config, workdir)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
+
+
+def _read_teacher(config: ConfigDict, workdir: Path) -> Variables | None:
+    """The teacher's variables; ``None`` if it is to be trained first."""
     check_teacher(config)
-    variables: Variables
     if config.teacher == TRAIN_A_TEACHER:
         trained = workdir / TRAINED_TEACHER
-        if trained.exists():
-            _check_same_settings(config, workdir)
-            variables = load_torch(config.network, trained)
-        else:
-            variables, _ = run_training(config, workdir)
-    elif config.teacher == BUNDLED:
-        variables = load_torch(config.network, _BUNDLE / f"{config.network}.safetensors")
-    elif config.teacher in zoo.CHECKPOINTS:
-        variables = load_torch(config.network, zoo.fetch(config.teacher))
-    else:
-        variables = load_torch(config.network, config.teacher)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables)
+        if not trained.exists():
+            return None
+        _check_same_settings(config, workdir)
+        return load_torch(config.network, trained)
+    if config.teacher == BUNDLED:
+        return load_torch(config.network, _BUNDLE / f"{config.network}.safetensors")
+    if config.teacher in zoo.CHECKPOINTS:
+        return load_torch(config.network, zoo.fetch(config.teacher))
+    return load_torch(config.network, config.teacher)
 
 
 def check_new_teacher(config: ConfigDict, workdir: Path) -> None:
@@ -90,7 +96,7 @@ def check_new_teacher(config: ConfigDict, workdir: Path) -> None:
     if config.teacher == TRAIN_A_TEACHER:
         _training_split(config)
     else:
-        load_teacher(config, workdir)
+        _read_teacher(config, workdir)
 
 
 def _bundled_networks() -> list[str]:
@@ -107,11 +113,13 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
       ValueError: if the data set cannot be had, or the directory holds a training with other settings.
       RunError: if a checkpoint cannot be written, or none of those there can be read.
     """
-    split, settings = _training_split(config), _pretrain_settings(config)
     directory = workdir / TEACHER_TRAINING
-    if (directory / _SETTINGS).exists():
-        _check_same_settings(config, workdir)
-    directory.mkdir(parents=True, exist_ok=True)
+    with together():
+        split, settings = _training_split(config), _pretrain_settings(config)
+        if is_first():
+            if (directory / _SETTINGS).exists():
+                _check_same_settings(config, workdir)
+            directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / _SETTINGS, _described(config))
     log = directory / "metrics.jsonl"
     start = time.monotonic()
@@ -120,19 +128,21 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
         def go_on(initial: PretrainState) -> PretrainState:
             nonlocal start
             saved = checkpoints.newest(initial)
-            # A line may have been written for an epoch whose checkpoint was not.
-            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-            lines = lines[: saved.step if saved else 0]
-            log.touch()
-            os.truncate(log, sum(map(len, lines)))
-            start -= _fields(lines[-1], log).get("seconds", 0.0) if lines else 0.0
+            if is_first():
+                # A line may have been written for an epoch whose checkpoint was not.
+                lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+                lines = lines[: saved.step if saved else 0]
+                log.touch()
+                os.truncate(log, sum(map(len, lines)))
+                start -= _fields(lines[-1], log).get("seconds", 0.0) if lines else 0.0
             return saved.state if saved else initial
 
         def after_epoch(state: PretrainState, loss: float) -> None:
             epoch = int(state.epoch)
-            with log.open("a") as file:
-                line = {"epoch": epoch, "loss": loss, "seconds": round(time.monotonic() - start, 1)}
-                file.write(json.dumps(line) + "\n")
+            if is_first():
+                with log.open("a") as file:
+                    line = {"epoch": epoch, "loss": loss, "seconds": round(time.monotonic() - start, 1)}
+                    file.write(json.dumps(line) + "\n")
             checkpoints.save(epoch, state)
 
         variables = pretrain(create_model(config.network), split, settings, restore=go_on, after_epoch=after_epoch)
@@ -143,7 +153,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
 
 def _training_split(config: ConfigDict) -> Split:
     split = load_split(config.dataset, "train", config.data_dir)
-    check_batches(_pretrain_settings(config), split, jax.local_devices())
+    check_batches(_pretrain_settings(config), split, jax.devices())
     return split
 
 

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints, digest
-from granq_jax.config import TRAIN_A_TEACHER, check_config
+from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
 from granq_jax.evaluate import Evaluation, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun, NonFiniteError
 from granq_jax.metrics import MetricsLog
+from granq_jax.processes import check_alike, from_first, interruptible_together, is_first, together
 from granq_jax.progress import Progress
 from granq_jax.quant import effective_weight_bits
 from granq_jax.record import describe, peak_rss_mb, versions, write_json
@@ -65,19 +66,26 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bo
       result = train_and_evaluate(config, "runs/digits_w3a3")
       print(result["teacher_top1"], result["student_top1"])
     """
-    check_config(config)
+    check_alike({"--mode": "train", "--overwrite": overwrite, **dict(flat(config, "config."))})
     workdir = Path(workdir)
-    check_workdir(config, workdir, overwrite)
-    devices = jax.local_devices()
-    check_devices(config, devices)
-    check_teacher(config)
-    split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
-    with interruptible() as interruption, locked(workdir):
+    devices = jax.devices()
+    with together():
+        check_config(config)
+        if is_first():
+            check_workdir(config, workdir, overwrite)
+            check_teacher(config)
+        check_devices(config, devices)
+        split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+
+    def finished_before() -> dict[str, Any] | None:
         if overwrite:
             check_new_teacher(config, workdir)
             remove_run(workdir, and_teacher=config.teacher == TRAIN_A_TEACHER)
-        check_workdir(config, workdir)  # again: another process may have been there
-        finished = finished_result(config, workdir)
+        check_workdir(config, workdir)  # again: another run may have been there
+        return finished_result(config, workdir)
+
+    with interruptible() as interruption, locked(workdir):
+        finished = from_first(finished_before)
         if finished is not None:
             _LOGGER.warning("the run in %r is finished: this is its result", str(workdir))
             return finished
@@ -90,8 +98,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bo
             try:
                 note_config(config, workdir)
                 run = JointRun(trainer, teacher, devices, None if saved is None else saved.state)
-                loop = _Loop(config, workdir, run, progress, checkpoints, interruption)
-                result = loop.complete(teacher, split)
+                with interruptible_together(interruption) as interruption:
+                    loop = _Loop(config, workdir, run, progress, checkpoints, interruption)
+                    result = loop.complete(teacher, split)
                 write_json(workdir / RESULT, result)
             except OSError as error:
                 raise RunError(f"workdir: {str(workdir)!r} could not be written to: {error}") from error
@@ -161,11 +170,13 @@ class _Loop:
             try:
                 self._take_steps(evaluate)
             except Interrupted as interrupted:
-                self._save()
-                self._checkpoints.wait()
+                with together():
+                    self._save()
+                    self._checkpoints.wait()
                 detail = f" after step {self._run.step}, which is saved: the same command goes on from there"
                 raise Interrupted(interrupted.signal, detail) from None
-            self._checkpoints.wait()
+            with together():
+                self._checkpoints.wait()
         return {
             **describe(config),
             "eval_examples": 0 if split is None else len(split),
@@ -183,6 +194,7 @@ class _Loop:
             "compile_seconds": progress.compile_seconds,
             "peak_rss_mb": peak_rss_mb(),
             "devices": [str(device) for device in devices],
+            "processes": jax.process_count(),
             "versions": versions(),
         }
 
@@ -219,6 +231,7 @@ class _Loop:
                         values = {name: float(str(value)) for name, value in jax.device_get(metrics).items()}
                         progress.seconds_per_step.append(window.seconds_per_step())
                         self._log.train(run.step, run.step // config.steps_per_epoch, values)
+                        self._interruption.agree()
                         window = _Window(run)
 
     def _check(self) -> None:
@@ -261,7 +274,8 @@ class _Trace:
     """A profiler trace of the steps that ``config.profile`` names."""
 
     def __init__(self, config: ConfigDict, directory: Path):
-        self._steps = range(config.profile.start + 1, config.profile.start + config.profile.steps + 1)
+        steps = config.profile.steps if is_first() else 0
+        self._steps = range(config.profile.start + 1, config.profile.start + steps + 1)
         self._directory = directory
         self._running = False
 

@@ -10,10 +10,11 @@ import jax
 from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices
-from granq_jax.config import check_config
+from granq_jax.config import check_config, flat
 from granq_jax.data import load_split
 from granq_jax.evaluate import float_accuracy, percentages
 from granq_jax.models.registry import create_model
+from granq_jax.processes import check_alike, is_first, together
 from granq_jax.record import check_writable, peak_rss_mb, versions, write_json
 from granq_jax.teachers import TRAINED_TEACHER, run_training
 from granq_jax.workdir import locked
@@ -36,14 +37,19 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         uses, or that holds a trained teacher, or one in training with other settings.
       RunError: if the training diverges, or a checkpoint cannot be written or read.
     """
-    check_config(config)
+    check_alike({"--mode": "train_teacher", **dict(flat(config, "config."))})
     workdir = Path(workdir)
-    if os.path.exists(workdir / TRAINED_TEACHER):
-        raise ValueError(f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away")
-    check_writable(workdir)
-    devices = jax.local_devices()
-    check_devices(config, devices)
-    split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+    devices = jax.devices()
+    with together():
+        check_config(config)
+        if is_first():
+            if os.path.exists(workdir / TRAINED_TEACHER):
+                raise ValueError(
+                    f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away"
+                )
+            check_writable(workdir)
+        check_devices(config, devices)
+        split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
     with locked(workdir):
         variables, seconds = run_training(config, workdir)
     accuracy = None
@@ -59,6 +65,7 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "seconds": seconds,
         "peak_rss_mb": peak_rss_mb(),
         "devices": [str(device) for device in devices],
+        "processes": jax.process_count(),
         "versions": versions(),
     }
     write_json(workdir / "teacher.json", result)

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from granq_jax.config import TRAIN_A_TEACHER, flat, load_config
+from granq_jax.processes import is_first, together
 from granq_jax.record import check_writable, write_json
 from granq_jax.teachers import TEACHER_TRAINING, TRAINED_TEACHER
 
@@ -65,9 +66,20 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
 def locked(workdir: Path) -> Iterator[None]:
     """Makes ``workdir`` and holds it for this process; the lock ends with the process, however that ends.
 
+    Of several processes, the first holds it for all.
+
     Raises:
       ValueError: if another process holds it.
     """
+    with contextlib.ExitStack() as held:
+        with together():
+            if is_first():
+                held.enter_context(_locked_here(workdir))
+        yield
+
+
+@contextlib.contextmanager
+def _locked_here(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / _LOCK).open("a+") as file:
         try:
@@ -115,5 +127,6 @@ def finished_result(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
 def note_config(config: ConfigDict, workdir: Path) -> None:
     """Writes ``config.json``, with which the run in ``workdir`` begins or goes on."""
-    (workdir / RESULT).unlink(missing_ok=True)  # of a shorter run
+    if is_first():
+        (workdir / RESULT).unlink(missing_ok=True)  # of a shorter run
     write_json(workdir / _CONFIG, config.to_dict())
