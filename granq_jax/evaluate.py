@@ -23,7 +23,7 @@ from granq_jax.record import describe, versions, write_json
 from granq_jax.splits import Split, batches
 from granq_jax.step import evaluation_mode
 from granq_jax.teachers import TRAINED_TEACHER, load_teacher
-from granq_jax.trainer import Trainer, Variables
+from granq_jax.trainer import Trainer, TrainState, Variables
 
 
 class Accuracy(NamedTuple):
@@ -94,7 +94,8 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
         evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":
-        step, student = _newest_student(trainer, workdir)
+        step, state = newest_state(trainer, workdir)
+        student = state.student
         evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
         evaluation |= {
             "effective_weight_bits": effective_weight_bits(student["params"], trainer.spec),
@@ -107,16 +108,33 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
     return evaluation
 
 
-def _newest_student(trainer: Trainer, workdir: Path) -> tuple[int, Variables]:
-    """The step of a run's newest checkpoint, and the student in it."""
+def newest_state(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
+    """The step of a run's newest checkpoint, and the state in it.
+
+    Raises:
+      ValueError: if ``workdir`` holds none.
+    """
     size, channels = trainer.generator.image_size, trainer.generator.channels
     images = jnp.zeros((1, size, size, channels), trainer.dtype)
     like = jax.eval_shape(lambda: trainer.init(trainer.model.init(jax.random.key(0), images)))
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-        return step, checkpoints.restore(step, like).student
+        return step, checkpoints.restore(step, like)
+
+
+def teacher_of_run(config: ConfigDict, workdir: Path) -> Variables:
+    """The teacher of a run that has been; it is not trained for this.
+
+    Raises:
+      ValueError, OSError, ImportError: if it cannot be had.
+    """
+    if config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).is_file():
+        raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
+    return load_teacher(config, workdir)
 
 
 def percentages(subject: str, accuracy: Accuracy | None, suffix: str = "") -> dict[str, float | None]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import flax.core
 import jax
-from tqdm.auto import tqdm
 
 from granq_jax.devices import place, sample_index, settle
+from granq_jax.progress import Progress
 from granq_jax.step import mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables
 
@@ -69,6 +69,9 @@ def zero_shot_quantize(
     if type(epochs) is not int or epochs <= o.warmup_epochs:
         raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
     run = JointRun(trainer, teacher, devices or jax.local_devices())
-    for step in tqdm(range(epochs * o.steps_per_epoch), unit="step", dynamic_ncols=True):
-        run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
+    total = epochs * o.steps_per_epoch
+    with Progress(total) as progress:
+        for step in range(total):
+            run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
+            progress.update(step + 1)
     return jax.device_get(run.state.student)

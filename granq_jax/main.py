@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if source is None:
             raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
         config = _overridden(load_config(source), overrides)
-        subject = {"subject": options.subject or ""} if options.mode == "evaluate" else {}
-        result = MODES[options.mode](config, workdir, **subject)
+        extra = {}
+        if options.mode == "evaluate":
+            extra = {"subject": options.subject or ""}
+        elif options.mode == "train":
+            extra = {"command": shlex.join(sys.orig_argv if argv is None else ["granq_jax.main", *argv])}
+        result = MODES[options.mode](config, workdir, **extra)
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -11,16 +12,41 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+STARTS = "starts.jsonl"
 _PACKAGES = ("granq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one."""
+    """Writes ``value`` to ``path`` as :func:`write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` at once: a reader sees the old file or the whole new one."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def record_start(workdir: Path, command: str) -> None:
+    """Adds a line to ``starts.jsonl``: who works on this run from now on.
+
+    Args:
+      workdir: of the run.
+      command: as it was typed, ``""`` for a call from a program.
+    """
+    line = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "directory": os.getcwd(),
+        "versions": versions(),
+        "devices": [str(device) for device in jax.local_devices()],
+    }
+    with (workdir / STARTS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:

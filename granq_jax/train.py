@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import time
@@ -10,34 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.config import check_config
-from granq_jax.data import load_split
+from granq_jax.data import DATASETS, load_split
 from granq_jax.evaluate import Accuracy, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun
 from granq_jax.metrics import MetricsLog
 from granq_jax.quant import effective_weight_bits
-from granq_jax.record import describe, peak_rss_mb, versions, write_json
+from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_json, write_text
+from granq_jax.reporting import Inspection, RunRecord, image_grid, inspector, run_page, run_record
 from granq_jax.splits import Split
 from granq_jax.teachers import TRAINED_TEACHER, check_teacher, load_teacher
 from granq_jax.trainer import Variables
 
+_LOGGER = logging.getLogger(__name__)
 _RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "checkpoints")
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, command: str = "") -> dict[str, Any]:
     """Quantizes a teacher without data and says how good the student is.
 
-    In ``workdir`` it leaves ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``
-    (last), and where asked for ``profile/`` and the teacher it trained. Everything is checked before
-    work starts.
+    In ``workdir`` it leaves ``config.json``, ``starts.jsonl``, ``metrics.jsonl``, ``tensorboard/``,
+    ``checkpoints/``, ``report.html``, ``result.json`` (last), and where asked for ``profile/`` and the
+    teacher it trained. Everything is checked before work starts.
 
     Args:
       config: see :func:`granq_jax.config.default_config`.
       workdir: a directory without a run in it; made if it is missing.
+      command: for the record, as it was typed; ``""`` says that it was none.
 
     Returns:
       What ``result.json`` holds. Accuracies are in percent; those of a run with ``eval="none"`` are
@@ -64,13 +69,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     teacher = load_teacher(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config.to_dict())
+    record_start(workdir, command)
     try:
-        result = _run(config, workdir, teacher, split, devices)
+        result, inspection = _run(config, workdir, teacher, split, devices)
     except (ValueError, TypeError) as error:
         # Past the checks it is no longer the input that is wrong: let the trace be seen.
         raise RuntimeError(f"the run in {str(workdir)!r} failed: {error}") from error
+    _write_report(run_record(workdir, config, result, result["steps"], inspection))
     write_json(workdir / "result.json", result)
     return result
+
+
+def _write_report(run: RunRecord) -> None:
+    try:
+        write_text(run.workdir / "report.html", run_page(run))
+    except Exception as error:  # the result of a long run is not lost over its report
+        _LOGGER.warning("there is no report: %s; try `python -m granq_jax.report %s`", error, run.workdir)
 
 
 def _check_workdir(workdir: Path) -> None:
@@ -85,17 +99,19 @@ def _check_workdir(workdir: Path) -> None:
 
 def _run(
     config: ConfigDict, workdir: Path, teacher: Variables, split: Split | None, devices: Sequence[jax.Device]
-) -> dict[str, Any]:
-    """Trains and evaluates, with metrics and checkpoints; returns what ``result.json`` is to hold."""
+) -> tuple[dict[str, Any], Inspection]:
+    """Trains and evaluates, with metrics and checkpoints; returns the result and the last inspection."""
     trainer = make_trainer(config)
+    inspect = inspector(trainer, teacher)
     total = config.epochs * config.steps_per_epoch
     teacher_accuracy = accuracy_before = None
     evaluations: dict[int, Accuracy] = {}
-    with MetricsLog(workdir / "metrics.jsonl", total) as log, Checkpoints(workdir) as checkpoints:
+    with MetricsLog(workdir, total, config.epochs) as log, Checkpoints(workdir) as checkpoints:
         if split is not None:
             evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
             teacher_accuracy = float_accuracy(trainer.model, split, config.eval_batch_size, devices)(teacher)
             accuracy_before = evaluate(teacher)
+            log.accuracy(0, teacher_top1=teacher_accuracy.top1, student_top1=accuracy_before.top1)
             log.say(
                 f"teacher {teacher_accuracy.top1:.2f} %, student before training {accuracy_before.top1:.2f} % top-1"
             )
@@ -103,21 +119,25 @@ def _run(
         windows = []
         for step, metrics, seconds in _logged_steps(run, config, workdir / "profile"):
             epoch, into_epoch = divmod(step, config.steps_per_epoch)
-            log.train(step, epoch, metrics)
+            log.train(step, epoch, metrics, seconds)
             windows.append(seconds)
             if into_epoch:
                 continue
-            if split is not None and (epoch % config.eval_every_epochs == 0 or step == total):
-                evaluations[step] = evaluate(run.state.student)
-                log.evaluation(step, epoch, evaluations[step].top1)
+            if epoch % config.eval_every_epochs == 0 or step == total:
+                if split is not None:
+                    evaluations[step] = evaluate(run.state.student)
+                    log.evaluation(step, epoch, evaluations[step].top1)
+                inspection = inspect(run.state)
+                _log_inspection(log, step, inspection, config)
             if epoch % config.checkpoint_every_epochs == 0 or step == total:
                 checkpoints.save(step, run.state)
 
     best_step = max(evaluations, key=lambda step: evaluations[step].top1, default=None)
-    return {
+    result = {
         **describe(config),
         "eval_examples": 0 if split is None else len(split),
         "effective_weight_bits": effective_weight_bits(teacher["params"], trainer.spec),
+        "storage_bytes": inspection.storage,
         "teacher": config.teacher,
         **percentages("teacher", teacher_accuracy),
         **percentages("student", accuracy_before, "_before"),
@@ -132,6 +152,14 @@ def _run(
         "devices": [str(device) for device in devices],
         "versions": versions(),
     }
+    return result, inspection
+
+
+def _log_inspection(log: MetricsLog, step: int, inspection: Inspection, config: ConfigDict) -> None:
+    log.images(step, image_grid(DATASETS[config.dataset].pixels(inspection.images)))
+    for observation in inspection.observations:
+        if observation.code_counts is not None:
+            log.codes(step, f"{observation.site.kind}/{observation.site.path}", np.asarray(observation.code_counts))
 
 
 def _logged_steps(

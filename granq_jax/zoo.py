@@ -164,7 +164,7 @@ def _receive(response: requests.Response, part: Path, start: int) -> bool:
     """Whether the whole answer arrived; it is written to ``part`` from the byte ``start``, its end, on."""
     length = response.headers.get("Content-Length")
     end = None if length is None else start + int(length)
-    bar = tqdm(total=end, initial=start, desc=part.stem, unit="B", unit_scale=True, dynamic_ncols=True)
+    bar = tqdm(total=end, initial=start, desc=part.stem, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
     try:
         with bar, part.open("ab" if start else "wb") as file:
             for chunk in response.iter_content(_CHUNK_BYTES):
