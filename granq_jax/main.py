@@ -20,10 +20,12 @@ from ml_collections import ConfigDict, config_flags
 from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import SUBJECTS, evaluate_run
+from granq_jax.profiling import profile
 from granq_jax.train import train_and_evaluate
 from granq_jax.train_teacher import train_teacher
 
-MODES = {"train": train_and_evaluate, "evaluate": evaluate_run, "train_teacher": train_teacher}
+MODES = {"train": train_and_evaluate, "evaluate": evaluate_run, "train_teacher": train_teacher, "profile": profile}
+_WORKDIR_SUFFIXES = {"train_teacher": "_teacher", "profile": "_profile"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a config's path or name; a run is evaluated with its own")
-    parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher]")
+    parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher|_profile]")
     parser.add_argument("--mode", choices=MODES, default="train")
     parser.add_argument(
         "--subject", choices=SUBJECTS, help="what is evaluated; by default the student, if there is one"
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.config is None and (options.mode != "evaluate" or options.workdir is None):
             raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
         use_compilation_cache(options.compilation_cache)
-        suffix = "_teacher" if options.mode == "train_teacher" else ""
+        suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
         workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
         saved = workdir / "config.json"
         # A run is evaluated with the settings it was trained with.

@@ -37,7 +37,7 @@ class Progress:
             total=total,
             initial=done,
             unit=unit,
-            desc=label,
+            desc=f"{label}: " if label else "",
             disable=not live,
             dynamic_ncols=True,
             bar_format="{desc}{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left{postfix}",

@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import granq_jax.train
-from granq_jax import load_config, load_torch, train_and_evaluate
+from granq_jax import load_config, load_torch, report, train_and_evaluate
 from granq_jax.build import make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.data import load_split
@@ -16,6 +16,7 @@ from granq_jax.evaluate import evaluate_run, float_accuracy
 from granq_jax.torch_import import torch_name
 from granq_jax.trainer import TrainState
 from tests.conftest import one_line_error
+from tests.test_metrics import read_events, summaries
 
 RESULT = {
     *("dataset", "eval_examples", "network", "weight_bits", "act_bits", "weight_granularity", "act_granularity"),
@@ -77,6 +78,41 @@ def test_the_trace(finished):
     names = {path.name.split(".", 1)[1] for path in (finished[0] / "profile").rglob("*.*") if path.is_file()}
     assert "xplane.pb" in names  # XProf
     assert "json.gz" in names  # Perfetto
+
+
+def test_the_report_is_made_again_from_the_files(finished, tmp_path):
+    workdir, _ = finished
+    assert report.main([str(workdir), f"--output={tmp_path / 'again.html'}"]) == 0
+    assert (tmp_path / "again.html").read_text() == (workdir / "report.html").read_text()
+
+
+def test_tensorboard_is_told_what_the_metrics_say(finished):
+    logged = summaries(read_events(finished[0]))
+    for line in metrics_of(finished[0]):
+        for name in line.keys() & {"loss_g", "loss_s", "hinge", "onehot", "bns", "student_top1"}:
+            (value,) = {v.simple_value for step, v in logged if step == line["step"] and v.tag.endswith(f"/{name}")}
+            assert value == pytest.approx(line[name], rel=1e-6)
+    looks = [(step, value.tag) for step, value in logged if value.HasField("image") or value.HasField("histo")]
+    assert {step for step, _ in looks} == {8, 12}
+    histograms = {tag for _, tag in looks if tag.startswith("codes/")}
+    assert {"codes/weight/stem/conv", "codes/activation/stem/norm/act"} <= histograms
+
+
+def test_who_started_the_run_is_on_record(finished):
+    (start,) = [json.loads(line) for line in (finished[0] / "starts.jsonl").read_text().splitlines()]
+    assert start["command"] == ""  # a call from a program
+    assert start["versions"] == finished[1]["versions"]
+
+
+def test_a_run_is_not_lost_over_its_report(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(granq_jax.train, "run_page", fail)
+    result = train_and_evaluate(tiny_config(**{"eval": "none", "profile.steps": 0}), tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert "no ink" in caplog.text
+    assert "granq_jax.report" in caplog.text
 
 
 def test_a_run_is_reproducible(finished, tmp_path):

@@ -104,7 +104,7 @@ def line_chart(
     step = -(-most // _MOST_POINTS)
     return Chart(
         title,
-        f"{title} over steps 0 to {max(xs):g}; last: " + ", ".join(f"{c.name} {c.last}" for c in drawn),
+        f"{title} over steps 0 to {max(xs):g}; last: " + ", ".join(f"{c.name} {c.last}".strip() for c in drawn),
         drawn,
         [(name, y_at(level)) for name, level in levels if math.isfinite(level)],
         x_at(min(shade_until, x_high)) if shade_until else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.traverse_util
@@ -50,7 +51,8 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
     classes = np.arange(shown, dtype=np.int32) * generator.classes // shown
     labels = np.repeat(classes, a_class)
 
-    @jax.jit
+    # Run a few times only: that it compiles twice as fast is worth more than that it runs a little slower.
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def inspect(generator_variables, teacher, student_variables):
         # A stream of its own: not that of the steps, nor of the generator's weights.
         key = jax.random.fold_in(jax.random.key(trainer.seed), 2**31 - 2)
