@@ -82,15 +82,13 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
         raise ValueError(f"config.eval: got {config.eval!r}, allowed is 'test' in order to evaluate")
     if subject != "teacher" and not holds_run:
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-    if subject != "student" and config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).is_file():
-        raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
+    teacher = teacher_of_run(config, workdir) if subject != "student" else None
     devices = jax.local_devices()
     check_devices(config, devices)
     split = load_split(config.dataset, "test", config.data_dir)
     trainer = make_trainer(config)
     evaluation = {**describe(config), "eval_examples": len(split)}
-    if subject != "student":
-        teacher = load_teacher(config, workdir)
+    if teacher is not None:
         evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.record import write_text
-from granq_jax.reporting import comparison_page, read_run, run_page
+from granq_jax.reporting import REPORT, comparison_page, read_run, run_page
 
 COMPARISON = "comparison.html"
 
@@ -24,12 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
     parser.add_argument(
-        "--output", type=Path, help=f"the page's path; by default WORKDIR/report.html, of several runs {COMPARISON}"
+        "--output", type=Path, help=f"the page's path; by default WORKDIR/{REPORT}, of several runs {COMPARISON}"
     )
     options = parser.parse_args(argv)  # exits with 2 if they are wrong
     logging.basicConfig(format="%(message)s")
     workdirs = options.workdirs
-    output = options.output or (workdirs[0] / "report.html" if len(workdirs) == 1 else Path(COMPARISON))
+    output = options.output or (workdirs[0] / REPORT if len(workdirs) == 1 else Path(COMPARISON))
     try:
         if output.is_dir() or not (output.parent.is_dir() or options.output is None):
             raise ValueError(f"--output: got {str(output)!r}, allowed are paths of files in directories that exist")

@@ -20,16 +20,16 @@ from granq_jax.config import check_config
 from granq_jax.data import DATASETS, load_split
 from granq_jax.evaluate import Accuracy, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun
-from granq_jax.metrics import MetricsLog
+from granq_jax.metrics import EVENTS, MetricsLog
 from granq_jax.quant import effective_weight_bits
-from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_json, write_text
-from granq_jax.reporting import Inspection, RunRecord, image_grid, inspector, run_page, run_record
+from granq_jax.record import STARTS, describe, peak_rss_mb, record_start, versions, write_json, write_text
+from granq_jax.reporting import REPORT, Inspection, RunRecord, image_grid, inspector, run_page, run_record
 from granq_jax.splits import Split
 from granq_jax.teachers import TRAINED_TEACHER, check_teacher, load_teacher
 from granq_jax.trainer import Variables
 
 _LOGGER = logging.getLogger(__name__)
-_RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "checkpoints")
+_RUN_FILES = ("config.json", STARTS, "metrics.jsonl", EVENTS, "checkpoints", REPORT, "result.json")
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, command: str = "") -> dict[str, Any]:
@@ -82,7 +82,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, command: str 
 
 def _write_report(run: RunRecord) -> None:
     try:
-        write_text(run.workdir / "report.html", run_page(run))
+        write_text(run.workdir / REPORT, run_page(run))
     except Exception as error:  # the result of a long run is not lost over its report
         _LOGGER.warning("there is no report: %s; try `python -m granq_jax.report %s`", error, run.workdir)
 

@@ -14,6 +14,8 @@ from granq_jax.evaluate import newest_state, teacher_of_run
 from granq_jax.record import STARTS
 from granq_jax.reporting.inspection import Inspection, inspector
 
+REPORT = "report.html"
+
 
 class RunRecord(NamedTuple):
     """A run, finished or not.
