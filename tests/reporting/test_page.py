@@ -86,7 +86,7 @@ def test_the_result_the_curves_and_what_it_takes_to_repeat_it(made, page):
     assert len(charts) == 6
     for loss, last in (("loss_g", "0.05"), ("loss_s", "-20"), ("hinge", "0.1"), ("onehot", "2"), ("bns", "3")):
         assert any(f"({loss})" in chart and chart.endswith(f"last: {last}") for chart in charts)
-    assert charts[0].endswith("last: 87.5")
+    assert charts[0].endswith("last: student 87.5")
     settings = {row[0]: row[1] for row in page.tables["Settings"]}
     assert settings["quant.weight_bits"] == "3"
     assert settings["epochs"] == "2"
