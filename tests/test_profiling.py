@@ -33,8 +33,9 @@ def test_the_mode_prints_ten_ops_and_leaves_a_trace(tmp_path, capsys):
     workdir = tmp_path / "profiled"
     arguments = ["--config=digits_w3a3", "--mode=profile", f"--workdir={workdir}", f"--config.teacher={teacher}"]
     # The settings of the tests of whole runs, whose program needs to be compiled only once then.
-    arguments += ["--config.batch_size=8", "--config.epochs=3", "--config.steps_per_epoch=4", "--config.warmup_epochs=1"]
-    assert main([*arguments, "--config.decay_epochs=(2,)", "--config.profile.steps=2"]) == 0
+    arguments += ["--config.batch_size=8", "--config.epochs=3", "--config.steps_per_epoch=4"]
+    arguments += ["--config.warmup_epochs=1", "--config.decay_epochs=(2,)"]
+    assert main([*arguments, "--config.profile.steps=2"]) == 0
     printed = capsys.readouterr()
     result = json.loads(printed.out)
     assert result == json.loads((workdir / "profile.json").read_text())
