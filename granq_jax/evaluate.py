@@ -25,7 +25,7 @@ from granq_jax.record import check_writable, describe, versions, write_json
 from granq_jax.splits import Split, batches
 from granq_jax.step import evaluation_mode
 from granq_jax.teachers import TRAINED_TEACHER, load_teacher
-from granq_jax.trainer import Trainer, Variables
+from granq_jax.trainer import Trainer, TrainState, Variables
 
 
 class Accuracy(NamedTuple):
@@ -87,11 +87,10 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
             raise ValueError(f"config.eval: got {config.eval!r}, allowed is 'test' in order to evaluate")
         if subject != "teacher" and not holds_run:
             raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-        is_trained_here = subject != "student" and config.teacher == TRAIN_A_TEACHER
-        if is_trained_here and is_first() and not (workdir / TRAINED_TEACHER).is_file():
-            raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
         if is_first():
             check_writable(workdir)
+            if subject != "student":
+                check_teacher_of_run(config, workdir)
         check_devices(config, devices)
         split = load_split(config.dataset, "test", config.data_dir)
     trainer = make_trainer(config)
@@ -101,7 +100,8 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
         evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":
-        step, student = _newest_student(trainer, workdir)
+        step, state = newest_state(trainer, workdir)
+        student = state.student
         evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
         evaluation |= {
             "effective_weight_bits": effective_weight_bits(student["params"], trainer.spec),
@@ -115,16 +115,38 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
     return evaluation
 
 
-def _newest_student(trainer: Trainer, workdir: Path) -> tuple[int, Variables]:
-    """The step of a run's newest checkpoint that is whole, and the student in it."""
+def newest_state(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
+    """The step of a run's newest checkpoint that is whole, and the state in it.
+
+    Raises:
+      ValueError: if ``workdir`` holds none.
+    """
     size, channels = trainer.generator.image_size, trainer.generator.channels
     images = jnp.zeros((1, size, size, channels), trainer.dtype)
     like = jax.eval_shape(lambda: trainer.init(trainer.model.init(jax.random.key(0), images)))
+    if not os.path.isdir(workdir / "checkpoints"):
+        raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
     with Checkpoints(workdir, read_only=True) as checkpoints:
         saved = checkpoints.newest(like)
     if saved is None:
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-    return saved.step, saved.state.student
+    return saved.step, saved.state
+
+
+def teacher_of_run(config: ConfigDict, workdir: Path) -> Variables:
+    """The teacher of a run that has been; it is not trained for this.
+
+    Raises:
+      ValueError, OSError, ImportError: if it cannot be had.
+    """
+    check_teacher_of_run(config, workdir)
+    return load_teacher(config, workdir)
+
+
+def check_teacher_of_run(config: ConfigDict, workdir: Path) -> None:
+    """Raises a ``ValueError`` if the teacher is one that ``workdir`` should hold and does not."""
+    if config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).is_file():
+        raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
 
 
 def percentages(subject: str, accuracy: Accuracy | None, suffix: str = "") -> dict[str, float | None]:

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import flax.core
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from granq_jax.devices import place, sample_index, settle
-from granq_jax.processes import is_first
+from granq_jax.progress import Progress
 from granq_jax.step import CHECKED, evaluation_mode, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables
 
@@ -117,10 +116,13 @@ def zero_shot_quantize(
         raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
     _check_fit(trainer, teacher)
     run = JointRun(trainer, teacher, devices or jax.devices())
-    for step in tqdm(range(epochs * o.steps_per_epoch), unit="step", dynamic_ncols=True, disable=not is_first()):
-        run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
-        if run.step % o.steps_per_epoch == 0:
-            run.check()
+    total = epochs * o.steps_per_epoch
+    with Progress(total) as progress:
+        for step in range(total):
+            run.advance(warmup=step < o.warmup_epochs * o.steps_per_epoch)
+            progress.update(step + 1)
+            if run.step % o.steps_per_epoch == 0:
+                run.check()
     return jax.device_get(run.state.student)
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from granq_jax import processes
 from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import SUBJECTS, evaluate_run
+from granq_jax.profiling import profile
 from granq_jax.stopping import Interrupted, RunError, interruptible
 from granq_jax.train import train_and_evaluate
 from granq_jax.train_teacher import train_teacher
@@ -33,7 +35,9 @@ MODES: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train_and_evaluate,
     "evaluate": evaluate_run,
     "train_teacher": train_teacher,
+    "profile": profile,
 }
+_WORKDIR_SUFFIXES = {"train_teacher": "_teacher", "profile": "_profile"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a config's path or name; a run is evaluated with its own")
-    parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher]")
+    parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher|_profile]")
     parser.add_argument("--mode", choices=MODES, default="train")
     parser.add_argument(
         "--subject", choices=SUBJECTS, help="what is evaluated; by default the student, if there is one"
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.config is None and (options.mode != "evaluate" or options.workdir is None):
             raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
         use_compilation_cache(options.compilation_cache)
-        suffix = "_teacher" if options.mode == "train_teacher" else ""
+        suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
         workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
         saved = workdir / "config.json"
         # A run is evaluated with the settings it was trained with.
@@ -95,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments["subject"] = options.subject or ""
         elif options.mode == "train":
             arguments["overwrite"] = options.overwrite
+            arguments["command"] = shlex.join(sys.orig_argv if argv is None else ["granq_jax.main", *argv])
         address = (options.coordinator_address, options.num_processes, options.process_id)
         if options.distributed or any(value is not None for value in address):
             processes.join(*address)

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: ``metrics.jsonl`` and a progress bar."""
+"""What a run writes while it goes on: ``metrics.jsonl``, TensorBoard event files, and how far it is."""
 
 from __future__ import annotations
 
@@ -6,47 +6,66 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+import numpy as np
+from tensorboardX import SummaryWriter
 
 from granq_jax.processes import is_first
+from granq_jax.progress import Progress
 
 _LOGGER = logging.getLogger(__name__)
 LOSSES = ("loss_g", "loss_s", "hinge", "onehot", "bns")
 RATES = ("lr_g", "lr_s")
+METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """Writes one JSON object a line, each at once, and shows how far the run is.
+    """Writes one JSON object a line, each at once, the same for TensorBoard, and shows the progress.
 
     Of several processes, the first does so; the logs of the others do nothing.
     """
 
-    def __init__(self, path: Path, total_steps: int, *, step: int = 0, seconds: float = 0.0, size: int = 0):
-        """Opens a new log, or goes on with the one at ``path``.
+    def __init__(
+        self,
+        workdir: Path,
+        total_steps: int,
+        epochs: int,
+        *,
+        step: int = 0,
+        seconds: float = 0.0,
+        size: int = 0,
+    ):
+        """Opens new logs, or goes on with those in ``workdir``.
 
         Args:
-          path: of the file.
+          workdir: of the run; ``metrics.jsonl`` and ``tensorboard/`` in it are written.
           total_steps: of the run.
-          step: those taken before.
+          epochs: of the run.
+          step: those taken before; what was logged of later ones is taken back.
           seconds: those that had passed.
-          size: bytes of the file that count; later ones are cut off.
+          size: bytes of ``metrics.jsonl`` that count; later ones are cut off.
         """
         self._start = time.monotonic() - seconds
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_first())
-        self._file = None
+        self._progress = Progress(total_steps, done=step)
+        self._epochs = epochs
+        self._top1: dict[str, str] = {}
+        self._file = self._events = None
         if not is_first():
             return
+        path = workdir / METRICS
         self._file = path.open("ab", buffering=0)  # a disk that is full is heard of at once
         there = path.read_bytes()
         if len(there) < size:
             _LOGGER.warning("%r has lost lines: it is shorter than it was at step %d", str(path), step)
         self._file.truncate(there[:size].rfind(b"\n") + 1)
+        # A file for each start; TensorBoard forgets what earlier ones hold from `purge_step` on.
+        self._events = SummaryWriter(
+            str(workdir / EVENTS), purge_step=step + 1, flush_secs=10, filename_suffix=f".after{step}"
+        )
 
     @property
     def seconds(self) -> float:
@@ -54,42 +73,77 @@ class MetricsLog:
         return time.monotonic() - self._start
 
     def saved_size(self) -> int:
-        """Bytes in the file, which are on the disk when this returns."""
+        """Bytes in ``metrics.jsonl``, which are on the disk when this returns."""
         if self._file is None:
             return 0
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
-    def train(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Logs a training line and moves the bar to ``step``."""
+    def train(self, step: int, epoch: int, values: Mapping[str, float], seconds_per_step: float) -> None:
+        """Logs a training line."""
         ordered = {name: values[name] for name in LOSSES + RATES}
         self._write({"step": step, "epoch": epoch, **ordered, "seconds": round(self.seconds, 3)})
+        for name, value in ordered.items():
+            self._scalar(f"{'loss' if name in LOSSES else 'learning_rate'}/{name}", value, step)
+        self._scalar("speed/steps_per_second", 1 / seconds_per_step, step)
         shown = {name: f"{values[name]:.4g}" for name in LOSSES}
-        self._bar.set_description(f"epoch {epoch}", refresh=False)
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
+        self._progress.update(step, epoch=f"{epoch}/{self._epochs}", **self._top1, **shown)
 
     def evaluation(self, step: int, epoch: int, student_top1: float) -> None:
         """Logs an evaluation line."""
         self._write({"step": step, "epoch": epoch, "student_top1": student_top1})
+        self.accuracy(step, student_top1=student_top1)
         self.say(f"after epoch {epoch}: student top-1 {student_top1:.2f} %")
 
+    def accuracy(self, step: int, **top1: float) -> None:
+        """Tells TensorBoard of accuracies in percent; that of the student is shown from now on."""
+        for name, value in top1.items():
+            self._scalar(f"accuracy/{name}", value, step)
+        if "student_top1" in top1:
+            self._top1 = {"top-1": f"{top1['student_top1']:.2f} %"}
+
+    def images(self, step: int, grid: np.ndarray) -> None:
+        """Shows TensorBoard generated images, (H, W, C) uint8."""
+        if self._events is not None:
+            self._events.add_image("generated", grid, step, dataformats="HWC")
+
+    def codes(self, step: int, name: str, counts: np.ndarray) -> None:
+        """Shows TensorBoard how often each code was used: a histogram over the codes 0, 1, ..."""
+        if self._events is None:
+            return
+        levels = np.arange(len(counts))
+        self._events.add_histogram_raw(
+            f"codes/{name}",
+            min=0,
+            max=len(counts) - 1,
+            num=int(counts.sum()),
+            sum=float(counts @ levels),
+            sum_squares=float(counts @ levels**2),
+            bucket_limits=(levels + 0.5).tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
     def say(self, line: str) -> None:
-        """Prints a line to stderr without tearing the bar; stdout is left to results."""
-        if self._file is not None:
-            tqdm.write(line, file=sys.stderr)
+        """Prints a line to stderr; stdout is left to results."""
+        self._progress.say(line)
 
     def close(self) -> None:
-        """Closes file and bar."""
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        """Closes the files and ends the progress shown."""
+        self._progress.close()
+        for log in (self._events, self._file):
+            if log is not None:
+                log.close()
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        if self._events is not None and math.isfinite(value):
+            self._events.add_scalar(name, value, step)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm.auto import tqdm
 
 from granq_jax.devices import AXIS, place, sample_index, settle
-from granq_jax.processes import is_first
+from granq_jax.progress import Progress
 from granq_jax.splits import Batch, Split, ahead
 from granq_jax.stopping import RunError
 from granq_jax.trainer import Variables
@@ -120,8 +119,8 @@ def pretrain(
     )
     state = place(restore(_state(0, variables, optimizer.init(variables["params"]))), devices)
     done = int(state.epoch)
-    shown = {"unit": "step", "desc": "teacher", "dynamic_ncols": True, "disable": not is_first()}
-    with tqdm(total=total, initial=done * steps_per_epoch, **shown) as bar:
+    shown: dict[str, str] = {}
+    with Progress(total, label="teacher", done=done * steps_per_epoch) as progress:
         for epoch in range(done, settings.epochs):
             variables, opt_state, losses = state.variables, state.opt_state, []
             for batch in ahead(_shuffled_batches(split, settings, epoch, share.ravel())):
@@ -130,12 +129,13 @@ def pretrain(
                 variables, opt_state, loss = mapped(variables, opt_state, *parts)
                 settle(loss, devices)
                 losses.append(loss)
-                bar.update()
+                step = epoch * steps_per_epoch + len(losses)
+                progress.update(step, epoch=f"{step // steps_per_epoch}/{settings.epochs}", **shown)
             state = _state(epoch + 1, variables, opt_state)
             mean_loss = float(np.mean(jax.device_get(losses)))
             if not math.isfinite(mean_loss):
                 raise RunError(f"the teacher's loss is {mean_loss} in epoch {epoch}: its learning rate is too high")
-            bar.set_postfix(loss=f"{mean_loss:.4f}")
+            shown = {"loss": f"{mean_loss:.4f}"}
             after_epoch(state, mean_loss)
     return state.variables
 

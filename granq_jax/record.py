@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import platform
@@ -13,26 +14,53 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from granq_jax.processes import is_first
 
+STARTS = "starts.jsonl"
 _PACKAGES = ("granq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path`` at once: a reader sees the old file or the whole new one.
+    """Writes ``value`` to ``path`` as :func:`write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` at once: a reader sees the old file or the whole new one.
 
     Of several processes, the first does so.
     """
     if not is_first():
         return
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def record_start(workdir: Path, command: str) -> None:
+    """Adds a line to ``starts.jsonl``: who works on this run from now on. Of several processes, the first does so.
+
+    Args:
+      workdir: of the run.
+      command: as it was typed, ``""`` for a call from a program.
+    """
+    if not is_first():
+        return
+    line = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "directory": os.getcwd(),
+        "versions": versions(),
+        "devices": [str(device) for device in jax.devices()],
+    }
+    with (workdir / STARTS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def check_writable(workdir: Path) -> None:

@@ -7,39 +7,43 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints, digest
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
-from granq_jax.data import load_split
+from granq_jax.data import DATASETS, load_split
 from granq_jax.evaluate import Evaluation, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun, NonFiniteError
 from granq_jax.metrics import MetricsLog
 from granq_jax.processes import check_alike, from_first, interruptible_together, is_first, together
-from granq_jax.progress import Progress
 from granq_jax.quant import effective_weight_bits
-from granq_jax.record import describe, peak_rss_mb, versions, write_json
+from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_json, write_text
+from granq_jax.reporting import REPORT, Inspection, RunRecord, image_grid, inspector, run_page, run_record
+from granq_jax.run_notes import RunNotes
 from granq_jax.splits import Split
 from granq_jax.stopping import Interrupted, Interruption, RunError, interruptible
 from granq_jax.teachers import check_new_teacher, check_teacher, load_teacher
-from granq_jax.trainer import Variables
-from granq_jax.workdir import METRICS, RESULT, check_workdir, finished_result, locked, note_config, remove_run
+from granq_jax.trainer import TrainState, Variables
+from granq_jax.workdir import RESULT, check_workdir, finished_result, locked, note_config, remove_run
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | Path, *, overwrite: bool = False, command: str = ""
+) -> dict[str, Any]:
     """Quantizes a teacher without data and says how good the student is.
 
-    In ``workdir`` it leaves ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``result.json``
-    (last), and where asked for ``profile/`` and the teacher it trained. Everything is checked before
-    work starts.
+    In ``workdir`` it leaves ``config.json``, ``starts.jsonl``, ``metrics.jsonl``, ``tensorboard/``,
+    ``checkpoints/``, ``report.html``, ``result.json`` (last), and where asked for ``profile/`` and the
+    teacher it trained. Everything is checked before work starts.
 
     A run that ended early, in whatever way, goes on from its last checkpoint when it is called
     again, and ends as if it had never stopped. Of a run that is finished the result is returned.
@@ -49,6 +53,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bo
         settings in :data:`granq_jax.workdir.MAY_CHANGE`.
       workdir: a directory; made if it is missing.
       overwrite: whether to remove a run that is there, and start anew.
+      command: for the record, as it was typed; ``""`` says that it was none.
 
     Returns:
       What ``result.json`` holds. Accuracies are in percent; those of a run with ``eval="none"`` are
@@ -93,14 +98,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bo
         trainer = make_trainer(config)
         with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
             saved = checkpoints.newest(jax.eval_shape(trainer.init, teacher))
-            progress = Progress(teacher=digest(teacher)) if saved is None else Progress.from_json(saved.notes)
-            _check_goes_on(config, workdir, 0 if saved is None else saved.step, progress, digest(teacher))
+            notes = RunNotes(teacher=digest(teacher)) if saved is None else RunNotes.from_json(saved.notes)
+            _check_goes_on(config, workdir, 0 if saved is None else saved.step, notes, digest(teacher))
             try:
                 note_config(config, workdir)
+                record_start(workdir, command)
                 run = JointRun(trainer, teacher, devices, None if saved is None else saved.state)
                 with interruptible_together(interruption) as interruption:
-                    loop = _Loop(config, workdir, run, progress, checkpoints, interruption)
-                    result = loop.complete(teacher, split)
+                    loop = _Loop(config, workdir, run, notes, checkpoints, interruption)
+                    result, inspection = loop.complete(teacher, split)
+                if is_first():
+                    _write_report(run_record(workdir, config, result, result["steps"], inspection))
                 write_json(workdir / RESULT, result)
             except OSError as error:
                 raise RunError(f"workdir: {str(workdir)!r} could not be written to: {error}") from error
@@ -110,9 +118,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, *, overwrite: bo
     return result
 
 
-def _check_goes_on(config: ConfigDict, workdir: Path, step: int, progress: Progress, teacher: str) -> None:
+def _check_goes_on(config: ConfigDict, workdir: Path, step: int, notes: RunNotes, teacher: str) -> None:
     """Raises a ``ValueError`` if the run cannot go on from ``step`` with the teacher of digest ``teacher``."""
-    if progress.teacher != teacher:
+    if notes.teacher != teacher:
         raise ValueError(
             f"config.teacher: got {config.teacher!r}, but its weights are not those that the run in "
             f"{str(workdir)!r} was begun with; give that teacher, or replace the run with --overwrite"
@@ -124,6 +132,13 @@ def _check_goes_on(config: ConfigDict, workdir: Path, step: int, progress: Progr
         )
 
 
+def _write_report(run: RunRecord) -> None:
+    try:
+        write_text(run.workdir / REPORT, run_page(run))
+    except Exception as error:  # the result of a long run is not lost over its report
+        _LOGGER.warning("there is no report: %s; try `python -m granq_jax.report %s`", error, run.workdir)
+
+
 class _Loop:
     """Takes the steps of a run, and does what is due after each: metrics, evaluations, checkpoints."""
 
@@ -132,43 +147,49 @@ class _Loop:
         config: ConfigDict,
         workdir: Path,
         run: JointRun,
-        progress: Progress,
+        notes: RunNotes,
         checkpoints: Checkpoints,
         interruption: Interruption,
     ):
         self._config = config
         self._workdir = workdir
         self._run = run
-        self._progress = progress
+        self._notes = notes
         self._checkpoints = checkpoints
         self._interruption = interruption
         self._total = config.epochs * config.steps_per_epoch
-        self._compiled_before = progress.compile_seconds
+        self._compiled_before = notes.compile_seconds
 
-    def complete(self, teacher: Variables, split: Split | None) -> dict[str, Any]:
-        """Takes the steps that are left; returns what ``result.json`` is to hold."""
-        config, progress, trainer, devices = self._config, self._progress, self._run.trainer, self._run.devices
+    def complete(self, teacher: Variables, split: Split | None) -> tuple[dict[str, Any], Inspection]:
+        """Takes the steps that are left; returns what ``result.json`` is to hold, and the last look at the state."""
+        config, notes, trainer, devices = self._config, self._notes, self._run.trainer, self._run.devices
         with MetricsLog(
-            self._workdir / METRICS,
+            self._workdir,
             self._total,
+            config.epochs,
             step=self._run.step,
-            seconds=progress.seconds,
-            size=progress.metrics_size,
+            seconds=notes.seconds,
+            size=notes.metrics_size,
         ) as self._log:
             if self._run.step:
                 self._log.say(f"goes on after step {self._run.step} of {self._total}")
             evaluate = None
             if split is not None:
                 evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
-                if progress.accuracy_before is None:
+                if notes.accuracy_before is None:
                     of_teacher = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
-                    progress.teacher_accuracy, progress.accuracy_before = of_teacher(teacher), evaluate(teacher)
+                    notes.teacher_accuracy, notes.accuracy_before = of_teacher(teacher), evaluate(teacher)
+                    self._log.accuracy(
+                        0,
+                        teacher_top1=notes.teacher_accuracy.top1,
+                        student_top1=notes.accuracy_before.top1,
+                    )
                     self._log.say(
-                        f"teacher {progress.teacher_accuracy.top1:.2f} %, "
-                        f"student before training {progress.accuracy_before.top1:.2f} % top-1"
+                        f"teacher {notes.teacher_accuracy.top1:.2f} %, "
+                        f"student before training {notes.accuracy_before.top1:.2f} % top-1"
                     )
             try:
-                self._take_steps(evaluate)
+                inspection = self._take_steps(evaluate, inspector(trainer, teacher))
             except Interrupted as interrupted:
                 with together():
                     self._save()
@@ -177,30 +198,35 @@ class _Loop:
                 raise Interrupted(interrupted.signal, detail) from None
             with together():
                 self._checkpoints.wait()
-        return {
+        result = {
             **describe(config),
             "eval_examples": 0 if split is None else len(split),
             "effective_weight_bits": effective_weight_bits(teacher["params"], trainer.spec),
+            "storage_bytes": inspection.storage,
             "teacher": config.teacher,
-            **percentages("teacher", progress.teacher_accuracy),
-            **percentages("student", progress.accuracy_before, "_before"),
-            **percentages("student", progress.evaluations.get(self._total)),
-            "best_top1": None if progress.best_step is None else progress.evaluations[progress.best_step].top1,
-            "best_step": progress.best_step,
-            "best_picked_on": None if progress.best_step is None else "the test set",
+            **percentages("teacher", notes.teacher_accuracy),
+            **percentages("student", notes.accuracy_before, "_before"),
+            **percentages("student", notes.evaluations.get(self._total)),
+            "best_top1": None if notes.best_step is None else notes.evaluations[notes.best_step].top1,
+            "best_step": notes.best_step,
+            "best_picked_on": None if notes.best_step is None else "the test set",
             "steps": self._total,
-            "skipped_steps": progress.skipped_steps,
-            "seconds_per_step": statistics.median(progress.seconds_per_step),
-            "compile_seconds": progress.compile_seconds,
+            "skipped_steps": notes.skipped_steps,
+            "seconds_per_step": statistics.median(notes.seconds_per_step),
+            "compile_seconds": notes.compile_seconds,
             "peak_rss_mb": peak_rss_mb(),
             "devices": [str(device) for device in devices],
             "processes": jax.process_count(),
             "versions": versions(),
         }
+        return result, inspection
 
-    def _take_steps(self, evaluate: Evaluation | None) -> None:
-        """The rest of the steps. Signals are held back where a checkpoint could not be taken at once."""
-        config, run, progress, held_back = self._config, self._run, self._progress, self._interruption.held_back
+    def _take_steps(self, evaluate: Evaluation | None, inspect: Callable[[TrainState], Inspection]) -> Inspection:
+        """The rest of the steps; returns a look at the last state.
+
+        Signals are held back where a checkpoint could not be taken at once.
+        """
+        config, run, notes, held_back = self._config, self._run, self._notes, self._interruption.held_back
         with held_back():
             self._save()
         window = _Window(run)
@@ -210,18 +236,21 @@ class _Loop:
                 last = run.step == self._total
                 if run.step and not into_epoch:
                     due = last or epoch % config.eval_every_epochs == 0
-                    if evaluate is not None and due and run.step not in progress.evaluations:
+                    if evaluate is not None and due and run.step not in notes.evaluations:
                         accuracy = evaluate(run.state.student)
                         with held_back():
-                            progress.evaluations[run.step] = accuracy
+                            notes.evaluations[run.step] = accuracy
                             self._log.evaluation(run.step, epoch, accuracy.top1)
-                    is_best = config.keep_best and progress.best_step == run.step
+                    if due:
+                        inspection = inspect(run.state)
+                        self._log_inspection(inspection)
+                    is_best = config.keep_best and notes.best_step == run.step
                     if last or is_best or epoch % config.checkpoint_every_epochs == 0:
                         with held_back():
                             self._save()
                     window = _Window(run)
                 if last:
-                    return
+                    return inspection
                 with held_back():
                     with trace.step(run):
                         metrics = run.advance(warmup=epoch < config.warmup_epochs)
@@ -229,16 +258,25 @@ class _Loop:
                         self._check()
                         # By way of its text a float32 becomes the shortest number that means it: 0.001.
                         values = {name: float(str(value)) for name, value in jax.device_get(metrics).items()}
-                        progress.seconds_per_step.append(window.seconds_per_step())
-                        self._log.train(run.step, run.step // config.steps_per_epoch, values)
+                        notes.seconds_per_step.append(window.seconds_per_step())
+                        self._log.train(
+                            run.step, run.step // config.steps_per_epoch, values, notes.seconds_per_step[-1]
+                        )
                         self._interruption.agree()
                         window = _Window(run)
+
+    def _log_inspection(self, inspection: Inspection) -> None:
+        self._log.images(self._run.step, image_grid(DATASETS[self._config.dataset].pixels(inspection.images)))
+        for observation in inspection.observations:
+            if observation.code_counts is not None:
+                name = f"{observation.site.kind}/{observation.site.path}"
+                self._log.codes(self._run.step, name, np.asarray(observation.code_counts))
 
     def _check(self) -> None:
         """Raises :class:`RunError` if a step was not finite or a checkpoint not written; counts what is skipped."""
         try:
             for skipped in self._run.check():
-                self._progress.skipped_steps += 1
+                self._notes.skipped_steps += 1
                 self._log.say(f"step {skipped.step} is left out: {skipped.what} not finite")
         except NonFiniteError as error:
             self._checkpoints.wait()
@@ -250,11 +288,11 @@ class _Loop:
 
     def _save(self) -> None:
         self._check()
-        progress = self._progress
-        progress.compile_seconds = self._compiled_before + self._run.compile_seconds
-        progress.seconds, progress.metrics_size = self._log.seconds, self._log.saved_size()
-        self._checkpoints.best_step = progress.best_step if self._config.keep_best else None
-        self._checkpoints.save(self._run.step, self._run.state, progress.to_json())
+        notes = self._notes
+        notes.compile_seconds = self._compiled_before + self._run.compile_seconds
+        notes.seconds, notes.metrics_size = self._log.seconds, self._log.saved_size()
+        self._checkpoints.best_step = notes.best_step if self._config.keep_best else None
+        self._checkpoints.save(self._run.step, self._run.state, notes.to_json())
 
 
 class _Window:

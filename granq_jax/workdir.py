@@ -15,12 +15,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from granq_jax.config import TRAIN_A_TEACHER, flat, load_config
+from granq_jax.metrics import EVENTS, METRICS
 from granq_jax.processes import is_first, together
-from granq_jax.record import check_writable, write_json
+from granq_jax.record import STARTS, check_writable, write_json
+from granq_jax.reporting import REPORT
 from granq_jax.teachers import TEACHER_TRAINING, TRAINED_TEACHER
 
-_CONFIG, _LOCK, METRICS, RESULT = "config.json", "run.lock", "metrics.jsonl", "result.json"
-_OWN_FILES = (_CONFIG, METRICS, RESULT, "checkpoints", "evaluation.json", "profile")
+_CONFIG, _LOCK, RESULT = "config.json", "run.lock", "result.json"
+_OWN_FILES = (_CONFIG, STARTS, METRICS, EVENTS, RESULT, REPORT, "checkpoints", "evaluation.json", "profile")
 
 # Settings that a run may go on with when they have changed: they say how long it lasts, what is
 # written and kept, and where inputs lie. Whether a teacher is still the same one is seen by its weights.

@@ -188,7 +188,7 @@ def _receive(response: requests.Response, part: Path, start: int) -> bool:
     """Whether the whole answer arrived; it is written to ``part`` from the byte ``start``, its end, on."""
     length = response.headers.get("Content-Length")
     end = start + int(length) if length is not None and length.isdecimal() else None
-    bar = tqdm(total=end, initial=start, desc=part.stem, unit="B", unit_scale=True, dynamic_ncols=True)
+    bar = tqdm(total=end, initial=start, desc=part.stem, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
     try:
         with bar, part.open("ab" if start else "wb") as file:
             for chunk in response.iter_content(_CHUNK_BYTES):

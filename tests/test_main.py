@@ -29,10 +29,26 @@ def test_settings_are_overridden_and_typed(calls, tmp_path):
     assert workdir == tmp_path
 
 
+def test_the_command_is_put_on_record(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setitem(command.MODES, "train", lambda config, workdir, command: seen.append(command) or {})
+    arguments = ["--config", "digits_w3a3", "--workdir", f"{tmp_path}/a b"]
+    assert main(arguments) == 0
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "granq_jax.main", *arguments])
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    assert main() == 0
+    typed = f"--config digits_w3a3 --workdir '{tmp_path}/a b'"
+    assert seen == [f"granq_jax.main {typed}", f"python -m granq_jax.main {typed}"]
+
+
 def test_the_workdir_is_named_after_the_config(calls):
-    for mode in ([], ["--mode=train_teacher"]):
+    for mode in ([], ["--mode=train_teacher"], ["--mode=profile"]):
         assert main(["--config=configs/digits_w3a3.py", *mode]) == 0
-    assert [str(workdir) for _, workdir in calls] == ["runs/digits_w3a3", "runs/digits_w3a3_teacher"]
+    assert [str(workdir) for _, workdir in calls] == [
+        "runs/digits_w3a3",
+        "runs/digits_w3a3_teacher",
+        "runs/digits_w3a3_profile",
+    ]
 
 
 def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):

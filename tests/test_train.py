@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import granq_jax.train
-from granq_jax import load_config, load_torch, train_and_evaluate
+from granq_jax import load_config, load_torch, report, train_and_evaluate
 from granq_jax.build import make_trainer
 from granq_jax.checkpoint import Checkpoints, save_variables
 from granq_jax.data import load_split
@@ -25,6 +25,7 @@ from granq_jax.torch_import import torch_name
 from granq_jax.trainer import TrainState
 from tests.conftest import one_line_error
 from tests.test_checkpoint import largest_file
+from tests.test_metrics import read_events, summaries
 
 RESULT = {
     *("dataset", "eval_examples", "network", "weight_bits", "act_bits", "weight_granularity", "act_granularity"),
@@ -123,6 +124,30 @@ def test_the_steps_that_are_traced(monkeypatch, tmp_path, taken, events):
 
 def without_seconds(workdir):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics_of(workdir)]
+
+
+def test_the_report_is_made_again_from_the_files(finished, tmp_path):
+    workdir, _ = finished
+    assert report.main([str(workdir), f"--output={tmp_path / 'again.html'}"]) == 0
+    assert (tmp_path / "again.html").read_text() == (workdir / "report.html").read_text()
+
+
+def test_tensorboard_is_told_what_the_metrics_say(finished):
+    logged = summaries(read_events(finished[0]))
+    for line in metrics_of(finished[0]):
+        for name in line.keys() & {"loss_g", "loss_s", "hinge", "onehot", "bns", "student_top1"}:
+            (value,) = {v.simple_value for step, v in logged if step == line["step"] and v.tag.endswith(f"/{name}")}
+            assert value == pytest.approx(line[name], rel=1e-6)
+    looks = [(step, value.tag) for step, value in logged if value.HasField("image") or value.HasField("histo")]
+    assert {step for step, _ in looks} == {8, 12}
+    histograms = {tag for _, tag in looks if tag.startswith("codes/")}
+    assert {"codes/weight/stem/conv", "codes/activation/stem/norm/act"} <= histograms
+
+
+def test_who_started_the_run_is_on_record(finished):
+    (start,) = [json.loads(line) for line in (finished[0] / "starts.jsonl").read_text().splitlines()]
+    assert start["command"] == ""  # a call from a program
+    assert start["versions"] == finished[1]["versions"]
 
 
 def test_a_run_is_reproducible(finished, tmp_path):
@@ -303,13 +328,17 @@ def test_a_full_disk_ends_a_run(finished, tmp_path):
     assert train_and_evaluate(config, tmp_path)["steps"] == 12
 
 
-def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished):
+def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished, caplog):
     """The main use: a checkpoint in PyTorch's names and layout is all there is."""
 
     def refuse(*_):
         raise AssertionError("data were asked for")
 
+    def fail(*_):
+        raise RuntimeError("no ink")
+
     monkeypatch.setattr(granq_jax.train, "load_split", refuse)
+    monkeypatch.setattr(granq_jax.train, "run_page", fail)
     flax_layout = flatten_dict(load_torch("resnet8_digits", finished[0] / "teacher.safetensors"))
     tensors = {
         torch_name("resnet8_digits", path): value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
@@ -320,6 +349,10 @@ def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished):
     result = train_and_evaluate(config, tmp_path / "run")
     assert result["teacher_top1"] is result["student_top1_before"] is result["best_step"] is None
     assert result["eval_examples"] == 0
+    # A run is not lost over its report.
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert "no ink" in caplog.text
+    assert "granq_jax.report" in caplog.text
     ours, theirs = (
         [line["loss_g"] for line in metrics_of(workdir) if "loss_g" in line]
         for workdir in (tmp_path / "run", finished[0])

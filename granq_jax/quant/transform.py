@@ -10,10 +10,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
+from granq_jax.quant.affine import quantize_codes
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
 from granq_jax.quant.spec import QuantSpec, check_choice
@@ -41,6 +43,25 @@ class Site:
     bits: int | None
     granularity: str | None
     effective_bits: float
+
+
+class Observation(flax.struct.PyTreeNode):
+    """What quantization did at one site: a pytree.
+
+    Errors are ratios of Euclidean norms.
+
+    Attributes:
+      site: which, static.
+      quantization_error: |Q(x) - x| / |x| of the student's array x; 0 in full precision.
+      teacher_error: |Q(x) - t| / |t|, where t is the teacher's array at the same place.
+      code_counts: (2^bits,), how many elements have each code, the lowest first; ``None`` in full
+        precision.
+    """
+
+    site: Site = flax.struct.field(pytree_node=False)
+    quantization_error: jax.Array
+    teacher_error: jax.Array
+    code_counts: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,27 +99,63 @@ class QuantizedModel:
 
         Takes what ``apply`` takes.
         """
-        seen: list[tuple[str, tuple[int, ...]]] = []
+        observations = jax.eval_shape(lambda v: self.observe(v, v, *args, **kwargs), variables)
+        return tuple(observation.site for observation in observations)
 
-        def trace(variables):
-            outputs, activations = self._apply(variables, args, kwargs)
-            seen.extend(activations)
-            return outputs
+    def observe(self, teacher: Any, variables: Any, *args: Any, **kwargs: Any) -> tuple[Observation, ...]:
+        """How far quantization moves every weight and every activation of one batch.
 
-        jax.eval_shape(trace, variables)
-        weights = [(path, leaf.shape) for path, leaf in weight_paths(variables["params"]).items()]
+        Args:
+          teacher: the float model's variables that the student is set beside.
+          variables: the student's.
+          *args: as for ``apply``.
+          **kwargs: as for ``apply``.
+
+        Returns:
+          An :class:`Observation` for each of ``sites``, in the same order: weights, then activations
+          as the model comes to them. May be jitted.
+
+        Example:
+          >>> import jax, flax.linen as nn
+          >>> model, x = nn.Dense(2), jax.numpy.ones((1, 3))
+          >>> variables = model.init(jax.random.key(0), x)
+          >>> student = quantize(model, QuantSpec(weight_bits=2, act_bits=None, placement="operand"))
+          >>> weight, _ = student.observe(variables, variables, x)
+          >>> weight.site.kind, weight.code_counts.sum().item()
+          ('weight', 6)
+        """
+        in_full = dataclasses.replace(self.spec, weight_bits=None, act_bits=None, overrides=())
+        _, teachers = dataclasses.replace(self, spec=in_full, impl="xla")._apply(teacher, args, kwargs)
+        _, students = dataclasses.replace(self, impl="xla")._apply(variables, args, kwargs)
+        teachers_weights, weights = weight_paths(teacher["params"]), weight_paths(variables["params"])
         return tuple(
-            [_site(path, "weight", shape, self.spec.at(path)) for path, shape in weights]
-            + [_site(path, "activation", shape, self.spec.at(path)) for path, shape in seen]
+            [self._observation(path, "weight", x, teachers_weights[path]) for path, x in weights.items()]
+            + [
+                self._observation(path, "activation", x, reference)
+                for (path, x), (_, reference) in zip(students, teachers, strict=True)
+            ]
         )
 
+    def _observation(self, path: str, kind: str, x: jax.Array, reference: jax.Array) -> Observation:
+        site = _site(path, kind, x.shape, self.spec.at(path))
+        quantized, counts = x, None
+        if site.bits is not None and site.granularity is not None:
+            quantized = fake_quant(x, bits=site.bits, granularity=site.granularity, impl=self.impl)
+            codes = quantize_codes(x, bits=site.bits, granularity=site.granularity).codes
+            codes = codes.astype(jnp.int32) + 2 ** (site.bits - 1)
+            counts = jnp.bincount(codes.ravel(), length=2**site.bits)
+        return Observation(site, _relative_error(quantized, x), _relative_error(quantized, reference), counts)
+
     def _apply(self, variables, args, kwargs):
-        """The model's outputs and the (path, shape) of the activations that were met."""
-        activations: list[tuple[str, tuple[int, ...]]] = []
+        """The model's outputs, and the activations that were met, as (path, array before quantization).
+
+        Where ``impl`` lets what comes before be fused with the quantizer, it is the array before that.
+        """
+        activations: list[tuple[str, jax.Array]] = []
         matched_modules: set[str | type] = set()
 
         def quantized(path, x):
-            activations.append((path, x.shape))
+            activations.append((path, x))
             site = self.spec.at(path)
             if site.act_bits is None:
                 return x
@@ -123,7 +180,7 @@ class QuantizedModel:
             if epilogue is not None:
                 site = self.spec.at(epilogue.path)
                 if site.act_bits is not None and has_kernel(epilogue.x, site.act_granularity):
-                    activations.append((epilogue.path, epilogue.x.shape))
+                    activations.append((epilogue.path, epilogue.x))
                     return norm_act_fake_quant(
                         epilogue.x,
                         bits=site.act_bits,
@@ -178,7 +235,7 @@ def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name
       axis_name: mapped axis that splits the batch, for ranges that several samples share.
 
     Returns:
-      An object with ``apply``, ``init`` and ``sites``.
+      An object with ``apply``, ``init``, ``sites`` and ``observe``.
 
     Raises:
       TypeError: if ``model`` is not a linen module or ``spec`` not a ``QuantSpec``.
@@ -235,6 +292,12 @@ def _epilogue(
 
 def _is_of_class(module: nn.Module, wanted: str | type) -> bool:
     return isinstance(module, wanted) if isinstance(wanted, type) else type(module).__name__ == wanted
+
+
+def _relative_error(x: jax.Array, reference: jax.Array) -> jax.Array:
+    # An array of zeros that is met exactly has no error, not 0 / 0.
+    tiny = jnp.finfo(reference.dtype).tiny
+    return jnp.linalg.norm((x - reference).ravel()) / jnp.maximum(jnp.linalg.norm(reference.ravel()), tiny)
 
 
 def _site(path: str, kind: str, shape: tuple[int, ...], spec: QuantSpec) -> Site:

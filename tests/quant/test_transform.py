@@ -9,6 +9,7 @@ from granq_jax import Activation, QuantSpec, create_model, fake_quant, load_torc
 from granq_jax.quant import effective_weight_bits, quantize_params
 from tests.conftest import one_line_error
 from tests.golden_figures import CIFAR, IMAGENET, network_images, state_dict
+from tests.quant import reference
 
 PARAMETERS = {  # as published for the public checkpoints
     "resnet20_cifar10": 272_474,
@@ -180,3 +181,42 @@ def test_wrong_types_are_refused():
         quantize(Modular(), {"act_bits": 3})
     with one_line_error(ValueError, "impl", "'triton'"):
         quantize(Modular(), QuantSpec(), impl="triton")
+
+
+def test_observations_equal_a_computation_in_numpy(x64):
+    """A dense layer, an activation, a dense layer: simple enough to be written down again."""
+    model = nn.Sequential([nn.Dense(6), Activation("relu"), nn.Dense(3)])
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((5, 4))
+    teacher = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape), model.init(jax.random.key(0), jnp.asarray(x)))
+    student = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), teacher)
+    spec = QuantSpec(weight_bits=3, act_bits=4, overrides=(("layers_2", {"weight_bits": None}),))
+    first, last, activation = jax.jit(quantize(model, spec).observe)(teacher, student, x)
+
+    def norm_ratio(a, b):
+        return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+    kernel, bias = (student["params"]["layers_0"][name] for name in ("kernel", "bias"))
+    codes, values = reference.fake_quant(kernel, 3, "out_channel")
+    hidden = np.maximum(x @ values + bias, 0)
+    of_teacher = np.maximum(x @ teacher["params"]["layers_0"]["kernel"] + teacher["params"]["layers_0"]["bias"], 0)
+    hidden_codes, hidden_values = reference.fake_quant(hidden, 4, "sample_channel")
+
+    assert first.quantization_error == pytest.approx(norm_ratio(values, kernel), rel=1e-12)
+    assert first.teacher_error == pytest.approx(norm_ratio(values, teacher["params"]["layers_0"]["kernel"]), rel=1e-12)
+    assert first.code_counts.tolist() == np.bincount((codes + 4).astype(int).ravel(), minlength=8).tolist()
+    assert activation.site.path == "layers_1"
+    assert activation.quantization_error == pytest.approx(norm_ratio(hidden_values, hidden), rel=1e-12)
+    assert activation.teacher_error == pytest.approx(norm_ratio(hidden_values, of_teacher), rel=1e-12)
+    expected = np.bincount((hidden_codes + 8).astype(int).ravel(), minlength=16)
+    assert activation.code_counts.tolist() == expected.tolist()
+    assert (last.site.bits, last.quantization_error, last.code_counts) == (None, 0, None)
+    assert last.teacher_error > 0
+
+
+def test_an_array_of_zeros_has_no_error():
+    model = nn.Dense(2)
+    zeros = {"params": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+    spec = QuantSpec(weight_bits=2, act_bits=None, placement="operand")
+    weight, _ = quantize(model, spec).observe(zeros, zeros, jnp.ones((1, 3)))
+    assert (weight.quantization_error, weight.teacher_error) == (0, 0)

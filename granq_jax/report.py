@@ -1,0 +1,47 @@
+"""Reports of runs that have been, or still are: ``python -m granq_jax.report WORKDIR [WORKDIR ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from granq_jax.compilation_cache import use_compilation_cache
+from granq_jax.record import write_text
+from granq_jax.reporting import REPORT, comparison_page, read_run, run_page
+
+COMPARISON = "comparison.html"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes a page. Returns the exit status: 0, or 2 if what was asked for is not allowed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m granq_jax.report",
+        description="Makes a run's report from its files, or a page that sets several runs side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
+    parser.add_argument(
+        "--output", type=Path, help=f"the page's path; by default WORKDIR/{REPORT}, of several runs {COMPARISON}"
+    )
+    options = parser.parse_args(argv)  # exits with 2 if they are wrong
+    logging.basicConfig(format="%(message)s")
+    workdirs = options.workdirs
+    output = options.output or (workdirs[0] / REPORT if len(workdirs) == 1 else Path(COMPARISON))
+    try:
+        if output.is_dir() or not (output.parent.is_dir() or options.output is None):
+            raise ValueError(f"--output: got {str(output)!r}, allowed are paths of files in directories that exist")
+        use_compilation_cache()
+        runs = [read_run(workdir) for workdir in workdirs]
+        write_text(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

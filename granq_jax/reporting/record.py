@@ -1,0 +1,77 @@
+"""What is known of a run: what its workdir holds, read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from granq_jax.build import make_trainer
+from granq_jax.config import check_config, load_config
+from granq_jax.evaluate import newest_state, teacher_of_run
+from granq_jax.record import STARTS
+from granq_jax.reporting.inspection import Inspection, inspector
+
+REPORT = "report.html"
+
+
+class RunRecord(NamedTuple):
+    """A run, finished or not.
+
+    Attributes:
+      workdir: where it lies.
+      config: its settings.
+      starts: of each process that worked on it: ``time``, ``command``, ``directory``, ``versions``.
+      metrics: the lines of ``metrics.jsonl``.
+      result: of ``result.json``; empty while the run goes on.
+      step: that the inspection is of.
+      inspection: of the newest state.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    starts: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+    step: int
+    inspection: Inspection
+
+
+def read_run(workdir: str | Path) -> RunRecord:
+    """Reads a run's files and looks at its newest checkpoint; nothing is written.
+
+    Raises:
+      ValueError, OSError, ImportError: if there is no run with a checkpoint in ``workdir``, or its
+        teacher cannot be had.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "config.json").is_file():
+        raise ValueError(f"workdir: got {str(workdir)!r}, but there is no run in it (no config.json)")
+    config = load_config(workdir / "config.json")
+    check_config(config)
+    trainer = make_trainer(config)
+    step, state = newest_state(trainer, workdir)
+    inspection = inspector(trainer, teacher_of_run(config, workdir))(state)
+    result = workdir / "result.json"
+    return run_record(workdir, config, json.loads(result.read_text()) if result.exists() else {}, step, inspection)
+
+
+def run_record(
+    workdir: Path, config: ConfigDict, result: dict[str, Any], step: int, inspection: Inspection
+) -> RunRecord:
+    """The record of a run whose result and state are at hand; the rest is read from ``workdir``."""
+    return RunRecord(
+        workdir, config, _lines(workdir / STARTS), _lines(workdir / "metrics.jsonl"), result, step, inspection
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # the last one, of a process that was killed
+            continue
+    return lines
