@@ -105,7 +105,7 @@ class Block:
         """
         loops, rows = self.tiling.loops, self.tiling.rows
         ends = [self.place(start, rows) for start, rows in self.tiling.tiles]
-        zeros = jnp.zeros((self.tiling.columns,))
+        zeros = jnp.zeros((self.tiling.columns,), jnp.float32)
         ranges = (zeros + jnp.inf, zeros - jnp.inf, zeros)
 
         if not loops:
@@ -139,7 +139,7 @@ def round_half_to_even(v: jax.Array) -> jax.Array:
     below = jnp.floor(v)
     rest = v - below
     odd = below != 2 * jnp.floor(below / 2)
-    return below + jnp.where((rest > 0.5) | ((rest == 0.5) & odd), 1.0, 0.0)
+    return below + ((rest > 0.5) | ((rest == 0.5) & odd)).astype(v.dtype)
 
 
 def _widened(ranges, values, mask):
@@ -150,7 +150,7 @@ def _widened(ranges, values, mask):
 
     low = jnp.minimum(low, jnp.min(inside(jnp.inf), axis=0))
     high = jnp.maximum(high, jnp.max(inside(-jnp.inf), axis=0))
-    nan = jnp.maximum(nan, jnp.max(jnp.where(values != values, 1.0, 0.0), axis=0))
+    nan = jnp.maximum(nan, jnp.max((values != values).astype(jnp.float32), axis=0))
     return low, high, nan
 
 

@@ -118,7 +118,8 @@ def _before(x, norm, residual, activation):
     """What comes before the quantizer, in the arithmetic of the layers that it stands for."""
     dtype = x.dtype
     if norm is not None:
-        x = ((x - norm.mean) * norm.factor + norm.bias).astype(dtype)
+        mean, factor, bias = (jnp.expand_dims(number, tuple(range(x.ndim - 1))) for number in norm)
+        x = ((x - mean) * factor + bias).astype(dtype)
     if residual is not None:
         x = x + residual
     return x if activation is None else ACTIVATIONS[activation](x)

@@ -176,7 +176,8 @@ class QuantizedModel:
                 return next_call(**{**call_kwargs, "inputs": quantized(path, call_kwargs["inputs"])})
             named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
             matched_modules.update(named)
-            epilogue = None if named or self.impl == "xla" else _epilogue(module, *call_args, **call_kwargs)
+            fusible = type(module) in (NormAct, Activation) and not named and self.impl != "xla"
+            epilogue = _epilogue(module, *call_args, **call_kwargs) if fusible else None
             if epilogue is not None:
                 site = self.spec.at(epilogue.path)
                 if site.act_bits is not None and has_kernel(epilogue.x, site.act_granularity):
@@ -275,12 +276,12 @@ class _Epilogue(NamedTuple):
 
 
 def _epilogue(
-    module: nn.Module, x: jax.Array, residual: jax.Array | None = None, *, train: bool = False
+    module: NormAct | Activation, x: jax.Array, residual: jax.Array | None = None, *, train: bool = False
 ) -> _Epilogue | None:
-    """``None`` for other modules than ``NormAct`` and ``Activation``, in training, and if the dtype would change."""
-    if type(module) is Activation:
+    """``None`` without an activation, in training, and if the dtype would change."""
+    if isinstance(module, Activation):
         return _Epilogue("/".join(module.path), x, None, None, module.kind)
-    if type(module) is not NormAct or module.activation is None or train:
+    if module.activation is None or train:
         return None
     params, statistics = module.variables["params"]["bn"], module.variables["batch_stats"]["bn"]
     if jnp.result_type(x, params["scale"], params["bias"]) != x.dtype:

@@ -23,15 +23,11 @@ def arguments():
 
 
 def layer_by_layer(x, norm, residual, activation):
-    x = (x - norm.mean) * norm.factor + norm.bias if norm is not None else x
+    if norm is not None:
+        mean, factor, bias = (number[None, None, None] for number in norm)
+        x = (x - mean) * factor + bias
     x = x + residual if residual is not None else x
     return fake_quant(ACTIVATIONS[activation](x), bits=3, impl="xla")
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    with jax.numpy_rank_promotion("allow"):  # channels against (N, H, W, C), as linen's layers do it
-        yield
 
 
 @pytest.mark.parametrize("impl", ["auto", "pallas_interpret"])
