@@ -40,9 +40,9 @@ class Dataset:
         return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
-        """Normalised images (N, H, W, C) to ones for people, uint8 from 0 to 255; the rest is cut off."""
+        """Normalised images (N, H, W, C) to ones for people, uint8 from 0 to 255; the rest is cut off, NaN is 0."""
         scaled = np.asarray(images, np.float32) * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
-        return np.round(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+        return np.round(255 * np.nan_to_num(np.clip(scaled, 0, 1))).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from granq_jax.reporting import REPORT, Inspection, RunRecord, image_grid, inspe
 from granq_jax.run_notes import RunNotes
 from granq_jax.splits import Split
 from granq_jax.stopping import Interrupted, Interruption, RunError, interruptible
-from granq_jax.teachers import check_new_teacher, check_teacher, load_teacher
+from granq_jax.teachers import TRAINED_TEACHER, check_new_teacher, check_teacher, load_teacher
 from granq_jax.trainer import TrainState, Variables
 from granq_jax.workdir import RESULT, check_workdir, finished_result, locked, note_config, remove_run
 
@@ -81,6 +81,8 @@ def train_and_evaluate(
             check_teacher(config)
         check_devices(config, devices)
         split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+        if is_first() and config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).exists():
+            check_new_teacher(config, workdir)
 
     def finished_before() -> dict[str, Any] | None:
         if overwrite:

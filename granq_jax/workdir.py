@@ -68,7 +68,8 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
 def locked(workdir: Path) -> Iterator[None]:
     """Makes ``workdir`` and holds it for this process; the lock ends with the process, however that ends.
 
-    Of several processes, the first holds it for all.
+    If the input proves to be wrong and nothing was written, nothing is left. Of several processes, the first
+    holds it for all.
 
     Raises:
       ValueError: if another process holds it.
@@ -82,7 +83,9 @@ def locked(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked_here(workdir: Path) -> Iterator[None]:
+    missing = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
     workdir.mkdir(parents=True, exist_ok=True)
+    lock_is_new = not (workdir / _LOCK).exists()
     with (workdir / _LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +98,15 @@ def _locked_here(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError):
+            if lock_is_new and not (workdir / _CONFIG).exists():
+                (workdir / _LOCK).unlink()
+                with contextlib.suppress(OSError):  # there is something in it
+                    for path in missing:
+                        path.rmdir()
+            raise
 
 
 def remove_run(workdir: Path, and_teacher: bool) -> None:

@@ -31,7 +31,7 @@ def test_settings_are_overridden_and_typed(calls, tmp_path):
 
 def test_the_command_is_put_on_record(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setitem(command.MODES, "train", lambda config, workdir, command: seen.append(command) or {})
+    monkeypatch.setitem(command.MODES, "train", lambda config, workdir, command, **_: seen.append(command) or {})
     arguments = ["--config", "digits_w3a3", "--workdir", f"{tmp_path}/a b"]
     assert main(arguments) == 0
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "granq_jax.main", *arguments])

@@ -249,7 +249,7 @@ COMMAND = {
     "workdir that is a file": ([DIGITS, "--workdir=f"], ("workdir", "'f'", "directory"), {"f": b""}),
     "workdir in a file": ([DIGITS, "--workdir=f/run"], ("workdir", "f/run", "directory"), {"f": b""}),
     "workdir with a name too long": ([DIGITS, f"--workdir={'w' * 300}"], ("workdir", "directory")),
-    "workdir with a run": ([DIGITS, "--workdir=r"], ("workdir", "'r'", "already"), {"r/result.json": b"{}"}),
+    "workdir with a run": ([DIGITS, "--workdir=r"], ("workdir", "'r'", "result.json"), {"r/result.json": b"{}"}),
     "workdir with a teacher": (
         [DIGITS, "--workdir=r", "--mode=train_teacher"],
         ("workdir", "'r'", "already"),
@@ -386,7 +386,8 @@ def test_what_may_not_be_touched_is_refused(name, place, tmp_path, capsys):
 
 
 def test_a_batch_that_does_not_divide_over_the_devices(place, monkeypatch, capsys):
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 3)
+    three = jax.devices() * 3
+    monkeypatch.setattr(jax, "devices", lambda: three)
     _, there = place
     assert command.main([DIGITS, RUN]) == 2
     is_one_line(capsys.readouterr().err, ("config.batch_size", "64", "63 or 66"))
