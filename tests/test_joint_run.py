@@ -95,6 +95,7 @@ def test_noise_depends_on_seed_step_and_index_only(x64):
     np.testing.assert_allclose(np.bincount(many[1], minlength=10) / 4000, 0.1, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_teacher_without_batch_norm_is_refused_unless_bns_is_off():
     import dataclasses
 
@@ -157,6 +158,7 @@ def test_a_parameter_that_is_not_finite_is_named(teacher):
         run.check()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out(teacher):
     run = JointRun(make_trainer(on_nonfinite="skip"), teacher, jax.local_devices())
     run.advance(warmup=False)
@@ -174,6 +176,7 @@ def test_a_step_that_is_not_finite_is_left_out(teacher):
     assert run.check() == []
 
 
+@pytest.mark.slow
 def test_steps_go_on_from_a_state(teacher):
     trainer = make_trainer()
     whole = JointRun(trainer, teacher, jax.local_devices())

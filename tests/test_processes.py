@@ -96,6 +96,7 @@ def flags(address, process):
     return [f"--coordinator-address={address}", "--num-processes=2", f"--process-id={process}"]
 
 
+@pytest.mark.slow
 def test_what_is_said_between_processes(tmp_path):
     address = free_address()
     running = start([[sys.executable, "-c", TALK, address, str(process)] for process in (0, 1)], tmp_path)

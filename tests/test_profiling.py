@@ -27,6 +27,7 @@ def test_times_are_added_up_over_threads_and_what_is_within_is_not_counted_twice
     assert ops == [("dot", 2, 180), ("while", 1, 50), ("add", 2, 45), ("call", 1, 5)]
 
 
+@pytest.mark.slow
 def test_the_mode_prints_ten_ops_and_leaves_a_trace(tmp_path, capsys):
     write_run(tmp_path / "run")
     teacher = tmp_path / "run" / "given.safetensors"

@@ -40,14 +40,9 @@ def tiny_config(**changes):
     config.epochs, config.steps_per_epoch, config.warmup_epochs = 3, 4, 1
     config.batch_size, config.log_every_steps, config.eval_every_epochs = 8, 3, 2
     config.teacher_training.epochs, config.teacher_training.small_epochs = 2, 0
-    config.profile.start, config.profile.steps = 2, 3
     config.decay_epochs = (2,)
     config.update_from_flattened_dict(changes)
     return config
-
-
-def untraced(**changes):
-    return tiny_config(**{"profile.steps": 0, **changes})
 
 
 def metrics_of(workdir):
@@ -95,8 +90,12 @@ def test_the_metrics(finished):
     assert [line["step"] for line in evaluations] == [8, 12]
 
 
-def test_the_trace(finished):
-    names = {path.name.split(".", 1)[1] for path in (finished[0] / "profile").rglob("*.*") if path.is_file()}
+@pytest.mark.slow
+def test_the_trace(finished, tmp_path):
+    config = tiny_config(**{"eval": "none", "profile.start": 2, "profile.steps": 3})
+    config.teacher = str(finished[0] / "teacher.safetensors")
+    train_and_evaluate(config, tmp_path)
+    names = {path.name.split(".", 1)[1] for path in (tmp_path / "profile").rglob("*.*") if path.is_file()}
     assert "xplane.pb" in names  # XProf
     assert "json.gz" in names  # Perfetto
 
@@ -115,7 +114,7 @@ def test_the_steps_that_are_traced(monkeypatch, tmp_path, taken, events):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append(("start", run.step + 1)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop", run.step)))
     run = types.SimpleNamespace(step=taken[0] - 1, state=())
-    with granq_jax.train._Trace(tiny_config(**{"profile.start": 3}), tmp_path) as trace:
+    with granq_jax.train._Trace(tiny_config(**{"profile.start": 3, "profile.steps": 3}), tmp_path) as trace:
         for step in taken:
             with trace.step(run):
                 run.step = step
@@ -150,6 +149,7 @@ def test_who_started_the_run_is_on_record(finished):
     assert start["versions"] == finished[1]["versions"]
 
 
+@pytest.mark.slow
 def test_a_run_is_reproducible(finished, tmp_path):
     train_and_evaluate(tiny_config(), tmp_path)
     assert without_seconds(tmp_path) == without_seconds(finished[0])
@@ -218,28 +218,32 @@ def assert_equal_runs(ours, theirs):
     assert records[0] == records[1]
 
 
-@pytest.mark.parametrize(("signum", "status", "step"), [(signal.SIGTERM, 143, 7), (signal.SIGINT, 130, 4)])
+@pytest.mark.parametrize(
+    ("signum", "status", "step"),
+    [pytest.param(signal.SIGTERM, 143, 7, marks=pytest.mark.slow), (signal.SIGINT, 130, 4)],
+)
 def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, signum, status, step):
     with (
         at_step(step, lambda _: signal.raise_signal(signum)),
         pytest.raises(Interrupted, match=f"step {step}, which is saved") as caught,
     ):
-        train_and_evaluate(untraced(), tmp_path)
+        train_and_evaluate(tiny_config(), tmp_path)
     assert caught.value.exit_status == status
     assert not (tmp_path / "result.json").exists()
     before = (tmp_path / "config.json").read_bytes()
     with one_line_error(ValueError, "config.student.lr", "0.5", "0.001"):
-        train_and_evaluate(untraced(**{"student.lr": 0.5}), tmp_path)
+        train_and_evaluate(tiny_config(**{"student.lr": 0.5}), tmp_path)
     if step > 4:
         with one_line_error(ValueError, "config.epochs", "got 1", f"{step} steps", "from 2"):
-            train_and_evaluate(untraced(epochs=1), tmp_path)
+            train_and_evaluate(tiny_config(epochs=1), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
-    train_and_evaluate(untraced(), tmp_path)
+    train_and_evaluate(tiny_config(), tmp_path)
     assert_equal_runs(tmp_path, finished[0])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, caplog):
-    config = untraced(checkpoint_every_epochs=1)
+    config = tiny_config(checkpoint_every_epochs=1)
     with at_step(10, _out_of_memory), pytest.raises(MemoryError):  # ends it at once, as a kill does
         train_and_evaluate(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
@@ -269,6 +273,7 @@ def test_a_finished_run_returns_its_result_and_can_be_made_longer(finished, tmp_
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(before)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_begun_overwrites_nothing(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "broken.npz").write_bytes(b"broken")
@@ -277,16 +282,15 @@ def test_what_cannot_be_begun_overwrites_nothing(finished, tmp_path):
         with pytest.raises(ValueError, match=r"broken.npz|batch_size"):
             train_and_evaluate(tiny_config(**changes), tmp_path / "run", overwrite=True)
         assert sorted((tmp_path / "run").rglob("*")) == before
-    config = untraced(eval="none", epochs=2)
+    config = tiny_config(eval="none", epochs=2)
     assert train_and_evaluate(config, tmp_path / "run", overwrite=True)["steps"] == 8
-    assert not (tmp_path / "run" / "profile").exists()
 
 
 def test_a_run_goes_on_with_its_own_teacher_only(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     variables = load_torch("resnet8_digits", finished[0] / "teacher.safetensors")
     save_variables(tmp_path / "other.safetensors", jax.tree.map(lambda leaf: jnp.asarray(leaf) * 1.5, variables))
-    config = untraced(epochs=4, teacher=str(tmp_path / "other.safetensors"))
+    config = tiny_config(epochs=4, teacher=str(tmp_path / "other.safetensors"))
     before = (tmp_path / "run" / "config.json").read_bytes()
     with one_line_error(ValueError, "config.teacher", "other.safetensors", "--overwrite"):
         train_and_evaluate(config, tmp_path / "run")
@@ -298,8 +302,9 @@ def spoil_generator(run):
     run.state = place(run.state.replace(generator=generator), run.devices)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(finished, tmp_path):
-    config = untraced(eval="none", checkpoint_every_epochs=1, log_every_steps=1)
+    config = tiny_config(eval="none", checkpoint_every_epochs=1, log_every_steps=1)
     config.teacher = str(finished[0] / "teacher.safetensors")
     words = ("step 7: ", "not finite", "newest checkpoint is of step 4", "--config.on_nonfinite=skip")
     with at_step(6, spoil_generator), one_line_error(RunError, *words):
@@ -314,9 +319,10 @@ def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(finished, tmp_p
     assert metrics_of(tmp_path)[-1]["loss_g"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax had begun
 def test_a_full_disk_ends_a_run(finished, tmp_path):
-    config = untraced(eval="none", checkpoint_every_epochs=1, teacher=str(finished[0] / "teacher.safetensors"))
+    config = tiny_config(eval="none", checkpoint_every_epochs=1, teacher=str(finished[0] / "teacher.safetensors"))
     with (
         contextlib.ExitStack() as disk,
         at_step(6, lambda _: disk.enter_context(largest_file(100_000))),
@@ -345,7 +351,7 @@ def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished, capl
         for path, value in flax_layout.items()
     }
     np.savez(tmp_path / "teacher.npz", **tensors)
-    config = tiny_config(**{"eval": "none", "profile.steps": 0, "teacher": str(tmp_path / "teacher.npz")})
+    config = tiny_config(**{"eval": "none", "teacher": str(tmp_path / "teacher.npz")})
     result = train_and_evaluate(config, tmp_path / "run")
     assert result["teacher_top1"] is result["student_top1_before"] is result["best_step"] is None
     assert result["eval_examples"] == 0
@@ -368,7 +374,7 @@ def test_a_failure_of_the_run_itself_is_not_taken_for_bad_input(tmp_path, monkey
 
     monkeypatch.setattr(granq_jax.train, "JointRun", fail)
     with one_line_error(RuntimeError, str(tmp_path), "deep inside"):
-        train_and_evaluate(tiny_config(**{"eval": "none", "profile.steps": 0}), tmp_path)
+        train_and_evaluate(tiny_config(eval="none"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def inspect(program: Program, tiling: Tiling) -> Kernel:
         shared_bytes=int(launch[5]),
         reads=moved["ld"],
         writes=moved["st"],
-        tests_nan=bool(re.search(r"setp\.nan\.f(16|32)", program.ptx)),
+        tests_nan=bool(re.search(r"setp\.nan\.(bf16|f16|f32)", program.ptx)),
     )
 
 

@@ -10,7 +10,7 @@ from granq_jax.quant import dequantize, fake_quant, quantize_codes
 from tests.kernels.levels import DTYPES, assert_same_levels, normal
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((2, 7, 7, 3), "float32"), ((2, 8, 8, 16), "bfloat16")])
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 7, 7, 3), "float32")])
 def test_codes_scales_and_zero_points(shape, dtype):
     x = normal(shape, dtype)
     found, scale, zero = codes.quantize(x, 3, interpret=True)
@@ -24,7 +24,7 @@ def test_codes_scales_and_zero_points(shape, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 5, 9, 144), (1, 130, 129, 5), (1, 192, 192, 4)])
+@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (1, 5, 9, 144), (1, 130, 129, 5), (1, 192, 192, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_more_shapes(shape, dtype):
     test_codes_scales_and_zero_points(shape, dtype)

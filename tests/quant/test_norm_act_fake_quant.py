@@ -107,6 +107,7 @@ def test_no_kernel(platform, spec, kwargs):
     assert "round_nearest_even" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["auto", "pallas_interpret"])
 def test_a_student_is_the_same_fused(impl):
     model, images = create_model("resnet8_digits"), normal((4, 8, 8, 1))
