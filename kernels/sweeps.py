@@ -139,7 +139,7 @@ def round_half_to_even(v: jax.Array) -> jax.Array:
     below = jnp.floor(v)
     rest = v - below
     odd = below != 2 * jnp.floor(below / 2)
-    return below + ((rest > 0.5) | ((rest == 0.5) & odd)).astype(v.dtype)
+    return below + jnp.where((rest > 0.5) | ((rest == 0.5) & odd), jnp.float32(1), jnp.float32(0))
 
 
 def _widened(ranges, values, mask):
@@ -150,7 +150,7 @@ def _widened(ranges, values, mask):
 
     low = jnp.minimum(low, jnp.min(inside(jnp.inf), axis=0))
     high = jnp.maximum(high, jnp.max(inside(-jnp.inf), axis=0))
-    nan = jnp.maximum(nan, jnp.max((values != values).astype(jnp.float32), axis=0))
+    nan = jnp.maximum(nan, jnp.max(jnp.where(values != values, jnp.float32(1), jnp.float32(0)), axis=0))
     return low, high, nan
 
 
