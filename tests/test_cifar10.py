@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+import granq_jax.quant.transform
 import granq_jax.teachers
-from granq_jax import Generator, QuantSpec, Trainer, create_model, load_torch
+from granq_jax import Generator, QuantSpec, Trainer, create_model, load_torch, quantize
 from granq_jax.data import load_split
 from granq_jax.evaluate import float_accuracy, student_accuracy
 
@@ -48,3 +50,34 @@ def test_student_before_training(real, granularity, released):
     trainer = Trainer(model=create_model(NAME), generator=Generator(10), spec=QuantSpec(weight_granularity=granularity))
     accuracy = student_accuracy(trainer, split, 200, jax.local_devices())(variables)
     assert accuracy.top1 == pytest.approx(released, abs=0.1)
+
+
+def test_the_kernels_quantize_as_xla_does(real, monkeypatch):
+    """A W3A3 student on 200 images, in interpret mode: 99.9 % of all codes, and 99 % of the answers."""
+    variables, split = real
+    model, images = create_model(NAME), split.dataset.normalise(split.images[:200])
+    seen = []
+    for name in ("fake_quant", "norm_act_fake_quant"):
+        original = getattr(granq_jax.quant.transform, name)
+        monkeypatch.setattr(
+            granq_jax.quant.transform, name, lambda *a, f=original, **k: seen.append(f(*a, **k)) or seen[-1]
+        )
+
+    def logits_and_codes(impl):
+        def forward(variables, images):
+            seen.clear()
+            logits = quantize(model, QuantSpec(), impl=impl).apply(variables, images, train=False)
+            return logits, list(seen)
+
+        logits, activations = jax.jit(forward)(variables, images)
+        return np.argmax(logits, -1), [codes(np.asarray(x)) for x in activations]
+
+    def codes(x):
+        low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)
+        return np.round(7 * (x - low) / np.maximum(high - low, 1e-12))
+
+    ours, theirs = logits_and_codes("pallas_interpret"), logits_and_codes("xla")
+    assert len(ours[1]) == len(theirs[1]) == 19
+    equal = [a == b for a, b in zip(ours[1], theirs[1], strict=True)]
+    assert sum(e.sum() for e in equal) >= 0.999 * sum(e.size for e in equal)
+    assert np.mean(ours[0] == theirs[0]) >= 0.99
