@@ -11,6 +11,7 @@ fall on the other level. The last row of each is two processes of two devices ea
 import argparse
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -25,10 +26,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer
+from granq_jax.config import default_config
 from granq_jax.joint_run import JointRun
 from granq_jax.metrics import LOSSES
 from granq_jax.models.registry import network
 from granq_jax.processes import join
+from granq_jax.teachers import load_teacher
+
+
+def teacher_of(name):
+    """The trained teacher that comes with the package, or else fresh variables that behave like one."""
+    config = default_config()
+    config.network = name
+    try:
+        return load_teacher(config, pathlib.Path())
+    except ValueError:
+        info = network(name)
+    images = jnp.zeros((1, info.image_size, info.image_size, info.channels))
+    teacher = jax.jit(info.model.init)(jax.random.key(1), images)
+    # Fresh batch norms are identities. Under per-tensor ranges, activations are then integer
+    # multiples of one number and often lie exactly between two levels, where rounding decides.
+    rng = np.random.default_rng(1)
+    shift = {1: 0.1, 2: 0.0, 4: 0.0}  # by rank: of vectors only
+    teacher = jax.tree.map(lambda leaf: leaf + shift[leaf.ndim] * rng.random(leaf.shape), teacher)
+    # A fresh head gives logits near zero, which all but agree: the hinge then divides by almost nothing.
+    teacher["params"]["head"]["kernel"] *= 10
+    return teacher
 
 
 def losses_of_run(name, granularity, dtype, steps, devices):
@@ -42,15 +65,7 @@ def losses_of_run(name, granularity, dtype, steps, devices):
         batch_size=16,
         dtype=dtype,
     )
-    images = jnp.zeros((1, info.image_size, info.image_size, info.channels), dtype)
-    teacher = jax.jit(info.model.init)(jax.random.key(1), images)
-    # Fresh batch norms are identities. Under per-tensor ranges, activations are then integer
-    # multiples of one number and often lie exactly between two levels, where rounding decides.
-    rng = np.random.default_rng(1)
-    shift = {1: 0.1, 2: 0.0, 4: 0.0}  # by rank: of vectors only
-    teacher = jax.tree.map(lambda leaf: (leaf + shift[leaf.ndim] * rng.random(leaf.shape)).astype(dtype), teacher)
-    # A fresh head gives logits near zero, which all but agree: the hinge then divides by almost nothing.
-    teacher["params"]["head"]["kernel"] *= 10
+    teacher = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), teacher_of(name))
     run = JointRun(trainer, teacher, devices)
     rows = [jax.device_get(run.advance(warmup=step < steps // 2)) for step in range(steps)]
     return np.array([[row[term] for term in LOSSES] for row in rows], np.float64)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from granq_jax.processes import is_first
 from granq_jax.progress import Progress
@@ -62,10 +64,11 @@ class MetricsLog:
         if len(there) < size:
             _LOGGER.warning("%r has lost lines: it is shorter than it was at step %d", str(path), step)
         self._file.truncate(there[:size].rfind(b"\n") + 1)
-        # A file for each start; TensorBoard forgets what earlier ones hold from `purge_step` on.
-        self._events = SummaryWriter(
-            str(workdir / EVENTS), purge_step=step + 1, flush_secs=10, filename_suffix=f".after{step}"
-        )
+        # A file for each start; TensorBoard forgets what earlier ones hold from the first event's step on.
+        (workdir / EVENTS).mkdir(exist_ok=True)
+        # Written by this thread: tensorboardX's own would die of a full disk, and its queue then hold up the run.
+        self._events = EventsWriter(str(workdir / EVENTS / "events"), filename_suffix=f".after{step}")
+        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     @property
     def seconds(self) -> float:
@@ -86,6 +89,8 @@ class MetricsLog:
         for name, value in ordered.items():
             self._scalar(f"{'loss' if name in LOSSES else 'learning_rate'}/{name}", value, step)
         self._scalar("speed/steps_per_second", 1 / seconds_per_step, step)
+        if self._events is not None:
+            self._events.flush()
         shown = {name: f"{values[name]:.4g}" for name in LOSSES}
         self._progress.update(step, epoch=f"{epoch}/{self._epochs}", **self._top1, **shown)
 
@@ -105,14 +110,14 @@ class MetricsLog:
     def images(self, step: int, grid: np.ndarray) -> None:
         """Shows TensorBoard generated images, (H, W, C) uint8."""
         if self._events is not None:
-            self._events.add_image("generated", grid, step, dataformats="HWC")
+            self._write_event(step, summary=summary.image("generated", grid, dataformats="HWC"))
 
     def codes(self, step: int, name: str, counts: np.ndarray) -> None:
         """Shows TensorBoard how often each code was used: a histogram over the codes 0, 1, ..."""
         if self._events is None:
             return
         levels = np.arange(len(counts))
-        self._events.add_histogram_raw(
+        histogram = summary.histogram_raw(
             f"codes/{name}",
             min=0,
             max=len(counts) - 1,
@@ -121,8 +126,8 @@ class MetricsLog:
             sum_squares=float(counts @ levels**2),
             bucket_limits=(levels + 0.5).tolist(),
             bucket_counts=counts.tolist(),
-            global_step=step,
         )
+        self._write_event(step, summary=histogram)
 
     def say(self, line: str) -> None:
         """Prints a line to stderr; stdout is left to results."""
@@ -143,7 +148,11 @@ class MetricsLog:
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         if self._events is not None and math.isfinite(value):
-            self._events.add_scalar(name, value, step)
+            self._write_event(step, summary=summary.scalar(name, value))
+
+    def _write_event(self, step: int, **what: Any) -> None:
+        assert self._events is not None
+        self._events.write_event(Event(step=step, wall_time=time.time(), **what))
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:

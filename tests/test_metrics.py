@@ -57,6 +57,16 @@ def test_a_full_disk_is_heard_of_at_once(tmp_path):
     assert path.read_bytes().count(b"\n") == 1
 
 
+def test_a_full_disk_is_heard_of_by_way_of_the_events_too(tmp_path):
+    def log_codes():
+        with MetricsLog(tmp_path, 10, 5) as log, largest_file(20_000):
+            for step in range(100):  # a queue that nobody empties would hold this up for ever
+                log.codes(step, "weight/stem/conv", np.arange(256))
+
+    with pytest.raises(OSError, match="File too large"):
+        log_codes()
+
+
 def test_what_is_not_finite_is_null(tmp_path):
     with MetricsLog(tmp_path, 10, 5) as log:
         log.train(1, 0, VALUES | {"bns": float("nan"), "loss_g": float("inf")}, 0.5)

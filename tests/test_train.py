@@ -242,6 +242,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, si
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax had begun
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_path, caplog):
     config = tiny_config(checkpoint_every_epochs=1)
     with at_step(10, _out_of_memory), pytest.raises(MemoryError):  # ends it at once, as a kill does
