@@ -26,6 +26,7 @@ from granq_jax import processes
 from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import SUBJECTS, evaluate_run
+from granq_jax.export import export_run
 from granq_jax.profiling import profile
 from granq_jax.stopping import Interrupted, RunError, interruptible
 from granq_jax.train import train_and_evaluate
@@ -36,7 +37,9 @@ MODES: dict[str, Callable[..., dict[str, Any]]] = {
     "evaluate": evaluate_run,
     "train_teacher": train_teacher,
     "profile": profile,
+    "export": export_run,
 }
+_OF_A_RUN = ("evaluate", "export")  # with its own config
 _WORKDIR_SUFFIXES = {"train_teacher": "_teacher", "profile": "_profile"}
 
 
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Any setting of the config can be changed with --config.KEY=VALUE.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="a config's path or name; a run is evaluated with its own")
+    parser.add_argument("--config", help="a config's path or name; a run is evaluated and exported with its own")
     parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher|_profile]")
     parser.add_argument("--mode", choices=MODES, default="train")
     parser.add_argument(
@@ -83,14 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
         if options.overwrite and options.mode != "train":
             raise ValueError("--overwrite: allowed with --mode=train only")
-        if options.config is None and (options.mode != "evaluate" or options.workdir is None):
-            raise ValueError("--config: not given, allowed are a config's path or name (or --mode=evaluate --workdir)")
+        if options.config is None and (options.mode not in _OF_A_RUN or options.workdir is None):
+            raise ValueError("--config: not given, allowed are a config's path or name (or the --workdir of a run)")
         use_compilation_cache(options.compilation_cache)
         suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
         workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
         saved = workdir / "config.json"
-        # A run is evaluated with the settings it was trained with.
-        source = saved if options.mode == "evaluate" and os.path.isfile(saved) else options.config
+        # A run is evaluated and exported with the settings it was trained with.
+        source = saved if options.mode in _OF_A_RUN and os.path.isfile(saved) else options.config
         if source is None:
             raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
         config = _overridden(load_config(source), overrides)
@@ -158,5 +161,12 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return holder.value
 
 
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    # After a failure that it raises, Orbax leaves callbacks behind, each of which would print a trace.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _unraisable
     sys.exit(main())

@@ -36,8 +36,8 @@ class Dataset:
 
     def normalise(self, images: np.ndarray) -> np.ndarray:
         """Raw images (N, H, W, C) to float32 ones of roughly zero mean and unit variance."""
-        scaled = images.astype(np.float32) / np.float32(self.max_value)
-        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        mean, std = (np.asarray(of, np.float32).reshape(1, 1, 1, -1) for of in (self.mean, self.std))
+        return (images.astype(np.float32) / np.float32(self.max_value) - mean) / std
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
         """Normalised images (N, H, W, C) to ones for people, uint8 from 0 to 255; the rest is cut off, NaN is 0."""

@@ -77,12 +77,19 @@ _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF
 
 
 @contextlib.contextmanager
-def _safetensors(path: Path) -> Iterator[dict[str, StoredTensor]]:
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """``safetensors.safe_open`` of a file whose header is not absurdly long."""
     with path.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
     if size > _MAX_HEADER_BYTES:
         raise ValueError(f"its header has {size} bytes, allowed are up to {_MAX_HEADER_BYTES}")
     with safetensors.safe_open(path, framework="numpy") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[dict[str, StoredTensor]]:
+    with open_safetensors(path) as file:
 
         def tensor(name):
             described = file.get_slice(name)

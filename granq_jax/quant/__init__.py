@@ -5,6 +5,7 @@ from granq_jax.quant.affine import dequantize as dequantize
 from granq_jax.quant.affine import quantize_codes as quantize_codes
 from granq_jax.quant.fake_quant import fake_quant as fake_quant
 from granq_jax.quant.spec import QuantSpec as QuantSpec
+from granq_jax.quant.spec import without_weights as without_weights
 from granq_jax.quant.transform import Observation as Observation
 from granq_jax.quant.transform import QuantizedModel as QuantizedModel
 from granq_jax.quant.transform import Site as Site
@@ -13,3 +14,4 @@ from granq_jax.quant.weights import effective_bits as effective_bits
 from granq_jax.quant.weights import effective_weight_bits as effective_weight_bits
 from granq_jax.quant.weights import quantize_params as quantize_params
 from granq_jax.quant.weights import storage_bytes as storage_bytes
+from granq_jax.quant.weights import weight_paths as weight_paths

@@ -5,7 +5,7 @@ For the elements that share a range, with n = 2^bits - 1 and h = 2^(bits - 1)::
     scale = n / max(max(x) - min(x), 1e-8)
     zero  = round(scale * min(x)) + h
     code  = clip(round(scale * x - zero), -h, h - 1)
-    y     = (code + zero) / scale
+    y     = (code + zero) / scale       (computed with max(max(x) - min(x), 1e-8) / n for 1 / scale)
 
 Rounding is half to even. The order of operations is that of the ZeroQ lineage of quantizers
 (Cai et al., CVPR 2020), which GranQ builds on; the clip, which that code lacks, keeps ties at the
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -47,23 +48,36 @@ class QuantizedArray(flax.struct.PyTreeNode):
     bits: int = flax.struct.field(pytree_node=False)
 
 
-def scale_and_zero_point(x: jax.Array, bits: int, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point of one group: all elements of ``x`` share a range.
+class Affine(NamedTuple):
+    """How one group is quantized: three scalars.
+
+    Attributes:
+      scale: codes per unit.
+      step: units per code, 1 / scale, from the range itself: XLA rounds a division by a scale in
+        ways that depend on what is around it, a product only in one.
+      zero_point: what a code of 0 stands for, in codes.
+    """
+
+    scale: jax.Array
+    step: jax.Array
+    zero_point: jax.Array
+
+
+def affine(x: jax.Array, bits: int, axis_name: str | None = None) -> Affine:
+    """Scale, step and zero point of one group: all elements of ``x`` share a range.
 
     Args:
       x: float array of any shape.
       bits: 2 to 8.
       axis_name: mapped axis (of ``pmap`` or ``shard_map``) over which the range is taken as well.
-
-    Returns:
-      Two scalars.
     """
     low, high = jnp.min(x), jnp.max(x)
     if axis_name is not None:
         low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
-    scale = (2**bits - 1) / jnp.maximum(high - low, MIN_RANGE)
-    zero_point = jnp.round(scale * low) + 2 ** (bits - 1)
-    return scale, zero_point
+    width = jnp.maximum(high - low, MIN_RANGE)
+    levels = 2**bits - 1
+    scale = levels / width
+    return Affine(scale, width * (1 / levels), jnp.round(scale * low) + 2 ** (bits - 1))
 
 
 def affine_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
@@ -72,9 +86,9 @@ def affine_codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: in
     return jnp.clip(jnp.round(scale * x - zero_point), -half, half - 1)
 
 
-def affine_values(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    """The values that codes stand for: ``(code + zero) / scale``."""
-    return (codes + zero_point) / scale
+def affine_values(codes: jax.Array, step: jax.Array, zero_point: jax.Array) -> jax.Array:
+    """The values that codes stand for: ``(code + zero) * step``."""
+    return (codes + zero_point) * step
 
 
 def over_groups(function: Callable, granularity: str, ndim: int) -> Callable:
@@ -147,7 +161,7 @@ def _quantize_codes(x, bits, granularity, impl):
         return over_groups(one_group, granularity, x.ndim)(x.astype(compute_dtype(x.dtype)))
 
     def one_group(x):
-        scale, zero_point = scale_and_zero_point(x, bits)
+        scale, _, zero_point = affine(x, bits)
         codes = affine_codes(x, scale, zero_point, bits).astype(jnp.int8)
         same_rank = (1,) * x.ndim
         return codes, scale.reshape(same_rank), zero_point.reshape(same_rank)
@@ -169,4 +183,4 @@ def dequantize(q: QuantizedArray) -> jax.Array:
 
 @jax.jit
 def _dequantize(q):
-    return affine_values(q.codes.astype(q.scale.dtype), q.scale, q.zero_point)
+    return affine_values(q.codes.astype(q.scale.dtype), 1 / q.scale, q.zero_point)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from granq_jax.kernels import out_channel, sample_channel
 from granq_jax.models.layers import ACTIVATIONS
 from granq_jax.quant.affine import (
+    affine,
     affine_codes,
     affine_values,
     check_float,
     compute_dtype,
     over_groups,
-    scale_and_zero_point,
 )
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
 from granq_jax.quant.spec import check_bits, check_choice, kept_axes
@@ -127,8 +127,8 @@ def _before(x, norm, residual, activation):
 
 def _by_xla(x, norm, residual, *, how):
     def one_group(x):
-        scale, zero_point = scale_and_zero_point(x, how.bits, how.axis_name)
-        return affine_values(affine_codes(x, scale, zero_point, how.bits), scale, zero_point)
+        scale, step, zero_point = affine(x, how.bits, how.axis_name)
+        return affine_values(affine_codes(x, scale, zero_point, how.bits), step, zero_point)
 
     x = _before(x, norm, residual, how.activation)
     return over_groups(one_group, how.granularity, x.ndim)(x.astype(compute_dtype(x.dtype))).astype(x.dtype)

@@ -149,6 +149,20 @@ class QuantSpec:
                     )
 
 
+def without_weights(spec: QuantSpec) -> QuantSpec:
+    """``spec`` for a model whose weights are quantized already: its activations alone.
+
+    Example:
+      >>> without_weights(QuantSpec(overrides=((r"^stem/", dict(weight_bits=8, act_bits=8)),))).overrides
+      (('^stem/', (('act_bits', 8),)),)
+    """
+    overrides = [
+        (pattern, tuple((key, value) for key, value in fields if not key.startswith("weight_")))
+        for pattern, fields in spec.overrides
+    ]
+    return dataclasses.replace(spec, weight_bits=None, overrides=tuple(o for o in overrides if o[1]))
+
+
 def _checked_modules(modules: Any, placement: str) -> tuple[str | type, ...]:
     if not isinstance(modules, tuple | list | set | frozenset):
         raise TypeError(f"QuantSpec.activation_modules: got {modules!r}, allowed is a tuple of classes or class names")

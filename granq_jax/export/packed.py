@@ -1,0 +1,182 @@
+"""A quantized model in one ``.safetensors`` file, its codes packed at their true width.
+
+The file holds, under ``/``-joined names:
+
+- for each quantized weight ``NAME``: ``NAME``, its codes as :func:`granq_jax.export.bits.pack` packs
+  them, and ``NAME.ranges``, (2, ...), its steps (1 / scale) and zero points;
+- every other variable as it is;
+- in the header, under ``granq_jax``: JSON with ``format``, ``network``, ``spec`` and ``codes``, which
+  gives ``[bits, shape, dtype]`` of each quantized weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors.numpy
+
+from granq_jax.export.bits import pack, unpack
+from granq_jax.kernels.sweeps import MIN_RANGE
+from granq_jax.quant import QuantSpec, quantize_codes, quantize_params, weight_paths, without_weights
+from granq_jax.quant.spec import check_choice, kept_axes
+from granq_jax.tensor_files import open_safetensors
+
+_FORMAT = 1
+_KEY = "granq_jax"
+_RANGES = ".ranges"
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class PackedModel(NamedTuple):
+    """What a packed file holds.
+
+    Attributes:
+      variables: of the float model. Weights that were quantized have the values of their codes.
+      spec: as the model was quantized, less what is done to the weights already: a
+        ``quantize(model, spec)`` applies ``variables`` as the student applied its own.
+      network: the name it was saved with.
+    """
+
+    variables: dict[str, Any]
+    spec: QuantSpec
+    network: str
+
+
+class Codes(NamedTuple):
+    """A quantized weight.
+
+    Attributes:
+      codes: int8, of the weight's shape.
+      ranges: (2, ...), steps and zero points, each of a shape that broadcasts to that of the codes.
+      bits: the width of a code.
+      dtype: of the weight.
+    """
+
+    codes: np.ndarray
+    ranges: np.ndarray
+    bits: int
+    dtype: str
+
+    def values(self) -> np.ndarray:
+        """``(code + zero) * step``, in the dtype of the weight."""
+        step, zero_point = self.ranges
+        return ((self.codes.astype(step.dtype) + zero_point) * step).astype(self.dtype)
+
+
+def weight_codes(params: Mapping[str, Any], spec: QuantSpec) -> dict[str, Codes]:
+    """The codes of every weight that ``spec`` quantizes, by the path of its module.
+
+    Their values are those of :func:`granq_jax.quant.quantize_params` by XLA, bit for bit.
+
+    Raises:
+      ValueError: if a weight holds NaN or infinity.
+    """
+    found = {}
+    expected = weight_paths(jax.device_get(quantize_params(params, spec, "xla")))
+    for path, weight in weight_paths(params).items():
+        site = spec.at(path)
+        if site.weight_bits is None:
+            continue
+        if not np.isfinite(weight).all():
+            raise ValueError(f"variables: the weight of {path!r} holds NaN or infinity, allowed are finite numbers")
+        q = jax.device_get(
+            quantize_codes(weight, bits=site.weight_bits, granularity=site.weight_granularity, impl="xla")
+        )
+        shared = tuple(set(range(weight.ndim)) - set(kept_axes(site.weight_granularity, weight.ndim)))
+        width = np.ptp(weight.astype(q.scale.dtype), axis=shared, keepdims=True).clip(MIN_RANGE)
+        step = width * q.scale.dtype.type(1 / (2**site.weight_bits - 1))
+        found[path] = Codes(q.codes, np.stack([step, q.zero_point]), site.weight_bits, weight.dtype.name)
+        if not np.array_equal(found[path].values(), expected[path]):
+            raise RuntimeError(f"the codes of {path!r} do not stand for what the fake quantizer computes")
+    return found
+
+
+def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec, network: str = "") -> int:
+    """Writes a quantized model to a ``.safetensors`` file, whole or not at all.
+
+    Args:
+      path: of the file.
+      variables: of the float model, as they are given to ``quantize(model, spec).apply``.
+      spec: how its weights and activations are quantized. Classes in it are saved by their names.
+      network: the model's name, for those who load it.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      ValueError: if a weight holds NaN or infinity.
+
+    Example:
+      >>> import tempfile
+      >>> variables = {"params": {"head": {"kernel": np.linspace(-1, 1, 300, dtype=np.float32).reshape(100, 3)}}}
+      >>> path = Path(tempfile.mkdtemp()) / "head.safetensors"
+      >>> _ = save_packed(path, variables, QuantSpec(weight_bits=2), network="head")
+      >>> packed = load_packed(path)
+      >>> packed.network, np.unique(packed.variables["params"]["head"]["kernel"].round(2)).size <= 12
+      ('head', True)
+    """
+    variables = jax.device_get(dict(variables))
+    codes = weight_codes(variables["params"], spec)
+    tensors = {}
+    for keys, leaf in flax.traverse_util.flatten_dict(variables).items():
+        name, module = "/".join(keys), "/".join(keys[1:-1])
+        if keys[0] == "params" and keys[-1] == "kernel" and module in codes:
+            tensors[name] = pack(codes[module].codes, codes[module].bits)
+            tensors[name + _RANGES] = codes[module].ranges
+        else:
+            tensors[name] = np.asarray(leaf)
+    fields = dataclasses.asdict(spec)
+    fields["overrides"] = [[pattern, dict(changes)] for pattern, changes in spec.overrides]
+    fields["activation_modules"] = [getattr(module, "__name__", module) for module in spec.activation_modules]
+    header = {
+        "format": _FORMAT,
+        "network": network,
+        "spec": fields,
+        "codes": {module: [of.bits, of.codes.shape, of.dtype] for module, of in codes.items()},
+    }
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".tmp")
+    safetensors.numpy.save_file(tensors, unfinished, {_KEY: json.dumps(header, separators=(",", ":"))})
+    os.replace(unfinished, path)
+    return path.stat().st_size
+
+
+def load_packed(path: str | Path) -> PackedModel:
+    """Reads what :func:`save_packed` wrote. Nothing in the file is run.
+
+    Raises:
+      ValueError: if it is no such file, or damaged.
+      OSError: if it cannot be read.
+    """
+    path = Path(path)
+    try:
+        with open_safetensors(path) as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+            if header["format"] != _FORMAT:
+                raise ValueError(f"format {header['format']!r}, allowed is {_FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not iterable)
+        spec, variables = QuantSpec(**header["spec"]), {}
+        for module, (bits, shape, dtype) in header["codes"].items():
+            name = "/".join(("params", *filter(None, [module]), "kernel"))
+            check_choice("dtype", dtype, _DTYPES)
+            codes = unpack(tensors.pop(name), bits, tuple(shape))
+            variables[name] = Codes(codes, tensors.pop(name + _RANGES), bits, dtype).values()
+            if variables[name].shape != codes.shape:
+                raise ValueError(f"the ranges of {name!r} are not those of a weight of shape {shape}")
+        variables |= tensors
+        return PackedModel(
+            flax.traverse_util.unflatten_dict(variables, sep="/"), without_weights(spec), str(header["network"])
+        )
+    except OSError:
+        raise
+    except Exception as error:  # damage shows in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{str(path)!r} is not a packed model, or damaged: {reason}") from error

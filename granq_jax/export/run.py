@@ -1,0 +1,74 @@
+"""``--mode export``: the student of a run as files that one ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from granq_jax.build import make_trainer
+from granq_jax.config import check_config
+from granq_jax.data import DATASETS
+from granq_jax.evaluate import newest_state
+from granq_jax.export.packed import save_packed
+from granq_jax.export.program import export_program
+from granq_jax.quant import storage_bytes
+from granq_jax.record import check_writable, describe, versions, write_json
+from granq_jax.step import evaluation_mode
+
+PACKED, PROGRAM, CUDA_PROGRAM = "student.safetensors", "student.jax", "student_cuda.jax"
+
+
+def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Writes the newest student of a run to ``workdir/export``.
+
+    - ``student.safetensors``: see :func:`granq_jax.export.save_packed`;
+    - ``student.jax``: a program for CPUs and CUDA, batch size free, from pixels (N, H, W, C), uint8 as
+      the data set stores them, to logits, float32: see :func:`granq_jax.export.export_program`;
+    - ``student_cuda.jax``: the same for CUDA alone, ``config.eval_batch_size`` images at a time, with
+      the package's kernels in it where they cover what is quantized;
+    - ``export.json``: what is returned.
+
+    Args:
+      config: that of the run, ``load_config(workdir / "config.json")``.
+      workdir: of the run.
+
+    Returns:
+      The step, the bytes of each file, and ``theoretical_bytes``: what the packed variables take with
+      nothing around them.
+
+    Raises:
+      ValueError, OSError: if there is no student, or it cannot be written.
+    """
+    check_config(config)
+    workdir = Path(workdir)
+    check_writable(workdir)
+    trainer = make_trainer(config)
+    step, state = newest_state(trainer, workdir)
+    folder = workdir / "export"
+    folder.mkdir(exist_ok=True)
+    dataset, spec = DATASETS[config.dataset], trainer.spec
+    theoretical = {key: size for key, size in storage_bytes(state.student, spec).items() if key != "teacher"}
+    sizes = {PACKED: save_packed(folder / PACKED, state.student, spec, config.network)}
+    what = {"dtype": np.uint8, "prepare": dataset.normalise, **evaluation_mode(trainer.model)}
+    images = (dataset.image_size, dataset.image_size, dataset.channels)
+    programs: dict[str, dict[str, Any]] = {
+        PROGRAM: {},
+        CUDA_PROGRAM: {"batch_size": config.eval_batch_size, "platforms": ("cuda",), "impl": "pallas"},
+    }
+    for name, how in programs.items():
+        program = export_program(trainer.model, spec, state.student, images, **what, **how).serialize()
+        sizes[name] = (folder / name).write_bytes(program)
+    exported = {
+        **describe(config),
+        "step": step,
+        "bytes": sizes,
+        "theoretical_bytes": sum(theoretical.values()),
+        "image": {"shape": images, "dtype": "uint8", "max_value": dataset.max_value},
+        "cuda_batch_size": config.eval_batch_size,
+        "versions": versions(),
+    }
+    write_json(folder / "export.json", exported)
+    return exported

@@ -1,0 +1,148 @@
+"""Packed files: what comes back is what the fake quantizer computes, and nothing else is taken."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from granq_jax import QuantSpec, create_model, quantize
+from granq_jax.export import load_packed, save_packed
+from granq_jax.quant import quantize_params, storage_bytes
+from granq_jax.quant.spec import WEIGHT_GRANULARITIES
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    model = create_model("resnet8_digits")
+    return model, jax.device_get(jax.jit(model.init)(jax.random.key(0), IMAGES))
+
+
+def assert_same(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, jax.device_get(theirs))
+
+
+@pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_weights_come_back_bit_for_bit(digits, tmp_path, bits, granularity):
+    model, variables = digits
+    spec = QuantSpec(weight_bits=bits, weight_granularity=granularity, overrides=((r"^stem", {"weight_bits": 8}),))
+    save_packed(tmp_path / "a.safetensors", variables, spec, "resnet8_digits")
+    packed = load_packed(tmp_path / "a.safetensors")
+    assert packed.network == "resnet8_digits"
+    assert_same(packed.variables["params"], quantize_params(variables["params"], spec, "xla"))
+    assert_same(packed.variables["batch_stats"], variables["batch_stats"])
+    ours = quantize(model, packed.spec, impl="xla").apply(packed.variables, IMAGES)
+    np.testing.assert_allclose(ours, quantize(model, spec, impl="xla").apply(variables, IMAGES), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_dtypes(digits, tmp_path, x64, dtype):
+    _, variables = digits
+    variables = jax.device_get(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables))
+    save_packed(tmp_path / "a.safetensors", variables, QuantSpec())
+    packed = load_packed(tmp_path / "a.safetensors")
+    assert_same(packed.variables["params"], quantize_params(variables["params"], QuantSpec(), "xla"))
+
+
+def test_resnet20_takes_little_more_than_its_codes(tmp_path):
+    variables = jax.jit(create_model("resnet20_cifar10").init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    spec = QuantSpec(weight_bits=3)
+    size = save_packed(tmp_path / "a.safetensors", variables, spec, "resnet20_cifar10")
+    assert size == (tmp_path / "a.safetensors").stat().st_size
+    needed = sum(bytes_ for what, bytes_ in storage_bytes(variables, spec).items() if what != "teacher")
+    assert needed < size <= 1.15 * needed
+    with safetensors.safe_open(tmp_path / "a.safetensors", "numpy") as file:
+        header = json.loads(file.metadata()["granq_jax"])
+        assert (header["network"], header["spec"]["weight_bits"]) == ("resnet20_cifar10", 3)
+        for name in file.keys():  # noqa: SIM118 (it is not iterable)
+            described = file.get_slice(name)
+            assert described.get_dtype() == ("U8" if name.endswith("kernel") else "F32")
+
+
+def test_what_is_not_quantized_is_kept_as_it_is(tmp_path):
+    model, x = nn.Sequential([nn.Dense(5), nn.Dense(3)]), np.ones((1, 4), np.float32)
+    variables = jax.device_get(model.init(jax.random.key(0), x))
+    spec = QuantSpec(placement="operand", overrides=(("layers_1", {"weight_bits": None, "act_bits": None}),))
+    save_packed(tmp_path / "a.safetensors", variables, spec)
+    packed = load_packed(tmp_path / "a.safetensors")
+    assert_same(packed.variables["params"]["layers_1"], variables["params"]["layers_1"])
+    assert packed.spec == QuantSpec(
+        weight_bits=None, placement="operand", overrides=(("layers_1", {"act_bits": None}),)
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    kernel = np.ones((3, 2), np.float32)
+    kernel[1, 1] = value
+    with pytest.raises(ValueError, match="'head' holds NaN or infinity"):
+        save_packed(tmp_path / "a.safetensors", {"params": {"head": {"kernel": kernel}}}, QuantSpec())
+    assert not list(tmp_path.iterdir())
+
+
+def header_with(**changes):
+    def damage(tensors, header):
+        header.update(changes)
+
+    return damage
+
+
+def codes_cut(tensors, header):
+    tensors["params/head/kernel"] = tensors["params/head/kernel"][:-1]
+
+
+def ranges_of_another(tensors, header):
+    tensors["params/head/kernel.ranges"] = tensors["params/head/kernel.ranges"][..., :1].repeat(7, -1)
+
+
+def codes_gone(tensors, header):
+    del tensors["params/head/kernel"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        header_with(format=2),
+        header_with(codes={"head": [3, [10**9, 10**9], "float32"]}),
+        header_with(codes={"head": [3, [-4, -6], "float32"]}),
+        header_with(codes={"head": [9, [4, 6], "float32"]}),
+        header_with(codes={"head": [3, [4, 6], "object"]}),
+        header_with(codes={"elsewhere": [3, [4, 6], "float32"]}),
+        header_with(spec={"weight_bits": 77}),
+        header_with(spec={"no_such_field": 1}),
+        codes_cut,
+        codes_gone,
+        ranges_of_another,
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = tmp_path / "a.safetensors"
+    kernel = np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)
+    save_packed(path, {"params": {"head": {"kernel": kernel}}}, QuantSpec())
+    with safetensors.safe_open(path, "numpy") as file:
+        header = json.loads(file.metadata()["granq_jax"])
+    tensors = safetensors.numpy.load_file(path)
+    damage(tensors, header)
+    safetensors.numpy.save_file(tensors, path, {"granq_jax": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"a.safetensors' is not a packed model, or damaged: "):
+        load_packed(path)
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for content in (b"", b"no such file", (2**40).to_bytes(8, "little")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a packed model"):
+            load_packed(path)
+    safetensors.numpy.save_file({"a": np.ones(2)}, path)
+    with pytest.raises(ValueError, match="is not a packed model"):
+        load_packed(path)
+    with pytest.raises(FileNotFoundError):
+        load_packed(tmp_path / "none.safetensors")

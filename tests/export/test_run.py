@@ -1,0 +1,63 @@
+"""What a run's export leaves."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from granq_jax import create_model, load_config, quantize
+from granq_jax.build import make_trainer
+from granq_jax.checkpoint import Checkpoints
+from granq_jax.data import load_split
+from granq_jax.evaluate import evaluate_run
+from granq_jax.export import export_run, load_packed
+from granq_jax.main import main
+from tests.conftest import one_line_error
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run of no steps, exported by the command."""
+    workdir = tmp_path_factory.mktemp("export") / "run"
+    config = load_config("digits_w3a3")
+    trainer = make_trainer(config)
+    images = np.zeros((1, 8, 8, 1), np.float32)
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(0, trainer.init(jax.jit(trainer.model.init)(jax.random.key(3), images)), {})
+    (workdir / "config.json").write_text(config.to_json())
+    assert main(["--mode=export", f"--workdir={workdir}", "--compilation-cache=off"]) == 0
+    return workdir, json.loads((workdir / "export" / "export.json").read_text())
+
+
+def test_the_files_and_their_sizes(exported):
+    workdir, said = exported
+    files = {path.name: path.stat().st_size for path in (workdir / "export").iterdir()}
+    assert files.keys() == {"student.safetensors", "student.jax", "student_cuda.jax", "export.json"}
+    assert said["bytes"] == {name: size for name, size in files.items() if name != "export.json"}
+    assert said["theoretical_bytes"] < files["student.safetensors"]
+    assert (said["step"], said["image"]) == (0, {"shape": [8, 8, 1], "dtype": "uint8", "max_value": 16})
+
+
+def test_the_program_takes_pixels_and_is_as_accurate_as_the_student(exported):
+    workdir, _ = exported
+    split = load_split("digits", "test")
+    program = jax.export.deserialize(bytearray((workdir / "export" / "student.jax").read_bytes()))
+    top1 = 100 * np.mean(np.argmax(program.call(split.images), axis=1) == split.labels)
+    assert abs(top1 - evaluate_run(load_config(workdir / "config.json"), workdir)["student_top1"]) < 1
+
+
+def test_the_packed_variables_are_those_of_the_student(exported):
+    workdir, _ = exported
+    packed = load_packed(workdir / "export" / "student.safetensors")
+    pixels = load_split("digits", "test").images[:4]
+    program = jax.export.deserialize(bytearray((workdir / "export" / "student.jax").read_bytes()))
+    images = load_split("digits", "test").dataset.normalise(pixels)
+    ours = quantize(create_model(packed.network), packed.spec).apply(packed.variables, images)
+    np.testing.assert_allclose(program.call(pixels), ours, atol=0.05)
+
+
+def test_a_workdir_without_a_run_is_refused(tmp_path):
+    with one_line_error(ValueError, "workdir", "no checkpoint"):
+        export_run(load_config("digits_w3a3"), tmp_path / "none")
+    assert not list(tmp_path.iterdir())
