@@ -44,6 +44,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
+@pytest.mark.slow
 def test_each_phase_compiles_once_and_moves_nothing_but_metrics(teacher, compilations):
     run = JointRun(make_trainer(), teacher, jax.local_devices())
     compilations.clear()

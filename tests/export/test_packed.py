@@ -31,13 +31,20 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_weights_come_back_bit_for_bit(digits, tmp_path, bits, granularity):
-    model, variables = digits
+    _, variables = digits
     spec = QuantSpec(weight_bits=bits, weight_granularity=granularity, overrides=((r"^stem", {"weight_bits": 8}),))
     save_packed(tmp_path / "a.safetensors", variables, spec, "resnet8_digits")
     packed = load_packed(tmp_path / "a.safetensors")
     assert packed.network == "resnet8_digits"
     assert_same(packed.variables["params"], quantize_params(variables["params"], spec, "xla"))
     assert_same(packed.variables["batch_stats"], variables["batch_stats"])
+
+
+def test_the_spec_that_comes_back_quantizes_activations_alone(digits, tmp_path):
+    model, variables = digits
+    spec = QuantSpec(overrides=((r"^stem", {"weight_bits": 8, "act_bits": 4}),))
+    save_packed(tmp_path / "a.safetensors", variables, spec)
+    packed = load_packed(tmp_path / "a.safetensors")
     ours = quantize(model, packed.spec, impl="xla").apply(packed.variables, IMAGES)
     np.testing.assert_allclose(ours, quantize(model, spec, impl="xla").apply(variables, IMAGES), rtol=1e-5, atol=1e-6)
 
