@@ -38,13 +38,14 @@ class Tensor:
     offset: Any = 0
     shape: Any = None
     strides: Any = None
+    view_of: Any = None
 
     def parts(self):
         array, kind = self.array, f"torch {_STORAGES[self.array.dtype.name]}Storage"
         described = ("storage", Raw(_global(kind)), self.key, "cpu", array.size if self.size is None else self.size)
         strides = tuple(stride // array.itemsize for stride in array.strides)
         view = (
-            Raw(_pickled(described + (None,) * self.legacy) + b"Q"),
+            Raw(_pickled(described + (self.view_of,) * self.legacy) + b"Q"),
             self.offset,
             array.shape if self.shape is None else self.shape,
             strides if self.strides is None else self.strides,
@@ -105,9 +106,9 @@ def zipped(value, storages, compression=zipfile.ZIP_STORED, more=(), byteorder=b
     return file.getvalue()
 
 
-def legacy(value, storages, itemsize=4):
+def legacy(value, storages, itemsize=4, little_endian=True):
     """A file as PyTorch wrote it before."""
-    system = {"protocol_version": 1001, "little_endian": True}
+    system = {"protocol_version": 1001, "little_endian": little_endian}
     head = b"".join(map(pickled, (LEGACY_MAGIC, 1001, system)))
     body = (value if isinstance(value, bytes) else pickled(value)) + pickled(list(storages))
     sizes = (struct.pack("<q", len(content) // itemsize) + content for content in storages.values())

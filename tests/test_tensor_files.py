@@ -106,9 +106,15 @@ def objects():
 
 
 SIZE = 10 * 64 * 4
-# How many tensors there are is said by a list that each of many calls is given.
+DEEP = 250_000  # tuples within tuples, whose hash needs as many frames of C
+# A list of many numbers, given to each of many calls.
 QUADRATIC = (
-    b"\x80\x02](" + b"K\x00" * 100_000 + b"eq\x00" + b"ctorch._utils\n_rebuild_parameter\nh\x00R" * 10_000 + b"."
+    b"\x80\x02]("
+    + b"N" * 120_000
+    + b"eq\x00"
+    + b"ctorch._utils\n_rebuild_parameter\nq\x01"
+    + b"h\x01h\x00R" * 25_000
+    + b"."
 )
 
 HOSTILE = {
@@ -141,7 +147,7 @@ HOSTILE = {
     "header_of_50_mb.safetensors": lambda: safetensors_file(header=b"{}" + b" " * 50_000_000),
     "members.pth": lambda: pth(more=[(str(i), b"") for i in range(10_000)]),
     "members.npz": lambda: npz(count=10_000),
-    "entries.safetensors": lambda: safetensors_file(count=5_000),
+    "entries.safetensors": lambda: safetensors_file(count=200_000),
     # Tensors that are not what they say.
     "expanded.pth": lambda: pth({"size": 1, "shape": (1 << 20, 1 << 20), "strides": (0, 0)}, lambda _: bytes(4)),
     "short_storage.pth": lambda: pth(storage=lambda content: content[:100]),
@@ -157,6 +163,8 @@ HOSTILE = {
     "elsewhere.pth": lambda: pth({"key": "../../../../etc/passwd"}),
     "damaged.pth": lambda: (b := pth())[: (i := b.index(state_dict()[KEY].tobytes()))] + b"!" + b[i + 1 :],
     "big_endian.pth": lambda: pth(byteorder=b"big"),
+    "big_endian.pt": lambda: legacy_pth(little_endian=False),
+    "view.pt": lambda: legacy_pth({"view_of": ("0", 0, 640)}),
     "two_pickles.pth": lambda: pth(more=[("other/data.pkl", b"")]),
     "no_pickle.pth": lambda: pth().replace(b"archive/data.pkl", b"archive/data.pkk"),
     "truncated.pt": lambda: legacy_pth()[:-100],
@@ -170,11 +178,9 @@ HOSTILE = {
     "outside.safetensors": lambda: safetensors_file({"data_offsets": [1 << 40, (1 << 40) + SIZE]}),
     "backwards.safetensors": lambda: safetensors_file({"data_offsets": [SIZE, 0]}),
     # Input that takes long, or more stack than there is.
-    "nested_key.pth": lambda: zipped(b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.", {}),
-    "nested_storage_key.pt": lambda: legacy(b"\x80\x02" + b")" + b"\x85" * 100_000 + b"N" * 5 + b"tQ.", {}),
-    "nested_keys.pt": lambda: (
-        legacy(pickled({}), {}).removesuffix(pickled([])) + pickled([Raw(b")" + b"\x85" * 100_000)])
-    ),
+    "nested_key.pth": lambda: zipped(b"\x80\x02})" + b"\x85" * DEEP + b"K\x01s.", {}),
+    "nested_storage_key.pt": lambda: legacy(b"\x80\x02" + b")" + b"\x85" * DEEP + b"N" * 5 + b"tQ.", {}),
+    "nested_keys.pt": lambda: legacy(pickled({}), {}).removesuffix(pickled([])) + pickled([Raw(b")" + b"\x85" * DEEP)]),
     "quadratic.pth": lambda: zipped(QUADRATIC, {}),
     "nested.npz": lambda: npz(npy(header=b"(" * 9000)),
     "nested.safetensors": lambda: safetensors_file(header=b'{"a":' + b"[" * 100_000),
@@ -235,6 +241,12 @@ def test_the_process_outlives_them_and_stays_small(hostile, tmp_path):
     assert count == len(HOSTILE)
     assert megabytes < MAX_BYTES // 1_000_000
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_version_of_npy_is_named(tmp_path):
+    (tmp_path / "a.npz").write_bytes(npz(npy(version=2, data=bytes(SIZE))))
+    with one_line_error(ValueError, "a.npz", "version (2, 0)", "allowed is (1, 0)"):
+        load_torch(NAME, tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
