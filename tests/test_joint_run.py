@@ -60,6 +60,7 @@ def test_each_phase_compiles_once_and_moves_nothing_but_metrics(teacher, compila
     assert int(run.state.step) == 10
 
 
+@pytest.mark.slow
 def test_only_the_generator_moves_in_the_warm_up(teacher):
     run = JointRun(make_trainer(), teacher, jax.local_devices())
     generator = jax.device_get(run.state.generator["params"])

@@ -218,10 +218,8 @@ def assert_equal_runs(ours, theirs):
     assert records[0] == records[1]
 
 
-@pytest.mark.parametrize(
-    ("signum", "status", "step"),
-    [pytest.param(signal.SIGTERM, 143, 7, marks=pytest.mark.slow), (signal.SIGINT, 130, 4)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status", "step"), [(signal.SIGTERM, 143, 7), (signal.SIGINT, 130, 4)])
 def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, signum, status, step):
     with (
         at_step(step, lambda _: signal.raise_signal(signum)),

@@ -29,7 +29,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
-@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_weights_come_back_bit_for_bit(digits, tmp_path, bits, granularity):
     _, variables = digits
     spec = QuantSpec(weight_bits=bits, weight_granularity=granularity, overrides=((r"^stem", {"weight_bits": 8}),))

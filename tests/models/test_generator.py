@@ -16,6 +16,9 @@ from tests.golden_figures import (
 )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("golden", "names", "generator"),
     [
@@ -64,7 +67,10 @@ def test_running_statistics_follow_pytorch(x64):
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 4, 3), (1, 5, 3, 2), (3, 1, 1, 4), (1, 2, 7, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 5, 3, 2), pytest.param((2, 4, 4, 3), marks=SLOW), pytest.param((3, 1, 1, 4), marks=SLOW), (1, 2, 7, 1)],
+)
 def test_phase_convolutions_equal_up_sampling_and_convolution(x64, shape):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal(shape))
@@ -87,7 +93,10 @@ def test_phase_convolutions_equal_up_sampling_and_convolution(x64, shape):
     )
 
 
-@pytest.mark.parametrize(("size", "channels"), [(4, 1), (8, 3), (12, 1), (28, 1)])
+@pytest.mark.parametrize(
+    ("size", "channels"),
+    [(4, 1), pytest.param(8, 3, marks=SLOW), pytest.param(12, 1, marks=SLOW), pytest.param(28, 1, marks=SLOW)],
+)
 def test_image_sizes_and_channels(size, channels):
     generator = Generator(classes=3, image_size=size, channels=channels)
     z, labels = jax.random.normal(jax.random.key(0), (5, 16)), jnp.arange(5) % 3
