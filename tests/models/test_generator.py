@@ -15,7 +15,6 @@ from tests.golden_figures import (
     state_dict,
 )
 
-
 SLOW = pytest.mark.slow
 
 
