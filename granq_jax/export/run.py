@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,8 +19,10 @@ from granq_jax.export.packed import save_packed
 from granq_jax.export.program import export_program
 from granq_jax.quant import storage_bytes
 from granq_jax.record import check_writable, describe, versions, write_json
+from granq_jax.splits import Dataset
 from granq_jax.step import evaluation_mode
 
+_LEVELS = 256
 PACKED, PROGRAM, CUDA_PROGRAM = "student.safetensors", "student.jax", "student_cuda.jax"
 
 
@@ -52,7 +57,7 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     dataset, spec = DATASETS[config.dataset], trainer.spec
     theoretical = {key: size for key, size in storage_bytes(state.student, spec).items() if key != "teacher"}
     sizes = {PACKED: save_packed(folder / PACKED, state.student, spec, config.network)}
-    what = {"dtype": np.uint8, "prepare": dataset.normalise, **evaluation_mode(trainer.model)}
+    what = {"dtype": np.uint8, "prepare": partial(_normalise, dataset), **evaluation_mode(trainer.model)}
     images = (dataset.image_size, dataset.image_size, dataset.channels)
     programs: dict[str, dict[str, Any]] = {
         PROGRAM: {},
@@ -72,3 +77,10 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     }
     write_json(folder / "export.json", exported)
     return exported
+
+
+def _normalise(dataset: Dataset, pixels: jax.Array) -> jax.Array:
+    """``dataset.normalise`` of uint8 pixels by a table: XLA would round it otherwise, and a code may hang on that."""
+    levels = np.arange(_LEVELS, dtype=np.uint8).reshape(1, 1, -1, 1).repeat(dataset.channels, -1)
+    table = jnp.asarray(dataset.normalise(levels)[0, 0])
+    return table[pixels.astype(jnp.int32), jnp.arange(dataset.channels)[None, None, None]]
