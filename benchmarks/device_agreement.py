@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 
-DEVICES = (2, 4, 8)
+DEVICES = (1, 2, 4, 8)
 PROCESSES, DEVICES_EACH = 2, 2
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(DEVICES)))
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -92,14 +92,14 @@ def losses_of_processes(name, granularity, dtype, steps):
     return np.array(json.loads(first))
 
 
-def measure(name, granularity, steps, dtypes, counts):
+def measure(name, granularity, steps, dtypes):
     """{dtype: {devices: [greatest relative difference of each term of LOSSES]}}."""
     table = {}
     for dtype in dtypes:
         with jax.enable_x64(dtype == "float64"):
             runs = {
                 str(count): losses_of_run(name, granularity, jnp.dtype(dtype), steps, jax.devices()[:count])
-                for count in (1, *counts)
+                for count in DEVICES
             }
         one = runs.pop("1")
         runs[f"{PROCESSES} x {DEVICES_EACH}"] = losses_of_processes(name, granularity, dtype, steps)
@@ -115,7 +115,6 @@ def main():
     parser.add_argument("--network", default="resnet20_cifar10")
     parser.add_argument("--granularity", default="sample_channel")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--devices", type=int, nargs="+", default=DEVICES, help="how many, of one process")
     parser.add_argument("--dtypes", nargs="+", default=["float64", "float32"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--coordinator-address", help=argparse.SUPPRESS)  # of one of the processes
@@ -128,7 +127,7 @@ def main():
             run = losses_of_run(options.network, options.granularity, jnp.dtype(dtype), options.steps, jax.devices())
         print(json.dumps(run.tolist()))
         return
-    table = measure(options.network, options.granularity, options.steps, options.dtypes, options.devices)
+    table = measure(options.network, options.granularity, options.steps, options.dtypes)
     if options.json:
         json.dump(table, sys.stdout)
         return

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import safetensors.flax
 
 from granq_jax.processes import from_first, is_first
+from granq_jax.record import write_bytes
 from granq_jax.stopping import RunError
 
 _LOGGER = logging.getLogger(__name__)
@@ -226,8 +227,4 @@ def save_variables(path: Path, variables: Any) -> None:
 
     Of several processes, the first does so.
     """
-    if not is_first():
-        return
-    unfinished = path.with_name(path.name + ".tmp")
-    safetensors.flax.save_file(flax.traverse_util.flatten_dict(variables, sep="/"), unfinished)
-    os.replace(unfinished, path)
+    write_bytes(path, safetensors.flax.save(flax.traverse_util.flatten_dict(variables, sep="/")))

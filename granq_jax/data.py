@@ -149,7 +149,7 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
             return EncodedSplit(dataset, len(source), read, lambda index: f"image {index} of {name}")
         encoded, labels = zip(*read(range(len(source))), strict=True)
         images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(image))) for image in encoded])
-        if images.dtype != np.uint8 or images.shape[1:] != (dataset.image_size, dataset.image_size, dataset.channels):
+        if images.dtype != np.uint8 or images.shape[1:] != dataset.image_shape:
             raise ValueError(f"its images are of shape {images.shape[1:]} and dtype {images.dtype}")
         return MemorySplit(dataset, images, np.array(labels, np.int32))
     except Exception as error:  # whatever TFDS, the disk or the network met, the way out is the same

@@ -29,18 +29,26 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` at once: a reader sees the old file or the whole new one.
+    """Writes ``text`` to ``path`` as :func:`write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes | bytearray) -> int:
+    """Writes ``content`` to ``path`` at once: a reader sees the old file or the whole new one.
 
     Of several processes, the first does so.
+
+    Returns:
+      How many bytes there are.
     """
-    if not is_first():
-        return
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    if is_first():
+        unfinished = path.with_name(path.name + ".tmp")
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    return len(content)
 
 
 def record_start(workdir: Path, command: str) -> None:

@@ -34,6 +34,11 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.image_size, self.image_size, self.channels
+
     def normalise(self, images: np.ndarray) -> np.ndarray:
         """Raw images (N, H, W, C) to float32 ones of roughly zero mean and unit variance."""
         mean, std = (np.asarray(of, np.float32).reshape(1, 1, 1, -1) for of in (self.mean, self.std))

@@ -7,11 +7,7 @@ import math
 import numpy as np
 
 from granq_jax.quant.spec import check_bits
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that ``count`` codes take, filled up to a whole one."""
-    return -(-count * bits // 8)
+from granq_jax.quant.weights import packed_bytes
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +23,10 @@ import numpy as np
 import safetensors.numpy
 
 from granq_jax.export.bits import pack, unpack
-from granq_jax.kernels.sweeps import MIN_RANGE
-from granq_jax.quant import QuantSpec, quantize_codes, quantize_params, weight_paths, without_weights
-from granq_jax.quant.spec import check_choice, kept_axes
+from granq_jax.quant import QuantizedArray, QuantSpec, quantize_codes, quantize_params, weight_paths, without_weights
+from granq_jax.quant.affine import affine_values
+from granq_jax.quant.spec import check_choice
+from granq_jax.record import write_bytes
 from granq_jax.tensor_files import open_safetensors
 
 _FORMAT = 1
@@ -50,28 +50,7 @@ class PackedModel(NamedTuple):
     network: str
 
 
-class Codes(NamedTuple):
-    """A quantized weight.
-
-    Attributes:
-      codes: int8, of the weight's shape.
-      ranges: (2, ...), steps and zero points, each of a shape that broadcasts to that of the codes.
-      bits: the width of a code.
-      dtype: of the weight.
-    """
-
-    codes: np.ndarray
-    ranges: np.ndarray
-    bits: int
-    dtype: str
-
-    def values(self) -> np.ndarray:
-        """``(code + zero) * step``, in the dtype of the weight."""
-        step, zero_point = self.ranges
-        return ((self.codes.astype(step.dtype) + zero_point) * step).astype(self.dtype)
-
-
-def weight_codes(params: Mapping[str, Any], spec: QuantSpec) -> dict[str, Codes]:
+def weight_codes(params: Mapping[str, Any], spec: QuantSpec) -> dict[str, QuantizedArray]:
     """The codes of every weight that ``spec`` quantizes, by the path of its module.
 
     Their values are those of :func:`granq_jax.quant.quantize_params` by XLA, bit for bit.
@@ -87,16 +66,16 @@ def weight_codes(params: Mapping[str, Any], spec: QuantSpec) -> dict[str, Codes]
             continue
         if not np.isfinite(weight).all():
             raise ValueError(f"variables: the weight of {path!r} holds NaN or infinity, allowed are finite numbers")
-        q = jax.device_get(
-            quantize_codes(weight, bits=site.weight_bits, granularity=site.weight_granularity, impl="xla")
-        )
-        shared = tuple(set(range(weight.ndim)) - set(kept_axes(site.weight_granularity, weight.ndim)))
-        width = np.ptp(weight.astype(q.scale.dtype), axis=shared, keepdims=True).clip(MIN_RANGE)
-        step = width * q.scale.dtype.type(1 / (2**site.weight_bits - 1))
-        found[path] = Codes(q.codes, np.stack([step, q.zero_point]), site.weight_bits, weight.dtype.name)
-        if not np.array_equal(found[path].values(), expected[path]):
+        q = quantize_codes(weight, bits=site.weight_bits, granularity=site.weight_granularity, impl="xla")
+        found[path] = q = jax.device_get(q)
+        if not np.array_equal(weight_values(q.codes, q.step, q.zero_point, weight.dtype), expected[path]):
             raise RuntimeError(f"the codes of {path!r} do not stand for what the fake quantizer computes")
     return found
+
+
+def weight_values(codes: Any, step: Any, zero_point: Any, dtype: Any) -> Any:
+    """The weight of ``dtype`` that codes stand for, as the fake quantizer computes it; of NumPy's arrays or JAX's."""
+    return affine_values(codes.astype(step.dtype), step, zero_point).astype(dtype)
 
 
 def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec, network: str = "") -> int:
@@ -125,12 +104,13 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
     """
     variables = jax.device_get(dict(variables))
     codes = weight_codes(variables["params"], spec)
-    tensors = {}
+    tensors, described = {}, {}
     for keys, leaf in flax.traverse_util.flatten_dict(variables).items():
         name, module = "/".join(keys), "/".join(keys[1:-1])
         if keys[0] == "params" and keys[-1] == "kernel" and module in codes:
-            tensors[name] = pack(codes[module].codes, codes[module].bits)
-            tensors[name + _RANGES] = codes[module].ranges
+            q = codes[module]
+            tensors[name], tensors[name + _RANGES] = pack(np.asarray(q.codes), q.bits), np.stack([q.step, q.zero_point])
+            described[module] = [q.bits, leaf.shape, leaf.dtype.name]
         else:
             tensors[name] = np.asarray(leaf)
     fields = dataclasses.asdict(spec)
@@ -140,13 +120,10 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
         "format": _FORMAT,
         "network": network,
         "spec": fields,
-        "codes": {module: [of.bits, of.codes.shape, of.dtype] for module, of in codes.items()},
+        "codes": described,
     }
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file(tensors, unfinished, {_KEY: json.dumps(header, separators=(",", ":"))})
-    os.replace(unfinished, path)
-    return path.stat().st_size
+    content = safetensors.numpy.save(tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
+    return write_bytes(Path(path), content)
 
 
 def load_packed(path: str | Path) -> PackedModel:
@@ -168,7 +145,8 @@ def load_packed(path: str | Path) -> PackedModel:
             name = "/".join(("params", *filter(None, [module]), "kernel"))
             check_choice("dtype", dtype, _DTYPES)
             codes = unpack(tensors.pop(name), bits, tuple(shape))
-            variables[name] = Codes(codes, tensors.pop(name + _RANGES), bits, dtype).values()
+            step, zero_point = tensors.pop(name + _RANGES)
+            variables[name] = weight_values(codes, step, zero_point, dtype)
             if variables[name].shape != codes.shape:
                 raise ValueError(f"the ranges of {name!r} are not those of a weight of shape {shape}")
         variables |= tensors

@@ -11,7 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from granq_jax.export.packed import weight_codes
+from granq_jax.export.packed import weight_codes, weight_values
 from granq_jax.quant import QuantSpec, quantize, without_weights
 
 # JAX promises nothing for programs that hold one: Triton's own representation changes.
@@ -52,6 +52,9 @@ def export_program(
       ``jax.export.deserialize(bytearray(file.read())).call(images)`` runs it. JAX promises that for six
       months of its releases after the one it was made with; of kernels it promises nothing.
 
+    Raises:
+      ValueError: if a weight holds NaN or infinity, or ``impl="pallas"`` is asked for with a free batch size.
+
     Example:
       >>> model, shape = nn.Sequential([nn.Conv(2, (3, 3)), lambda x: x.mean((1, 2))]), (8, 8, 1)
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, *shape)))
@@ -59,15 +62,17 @@ def export_program(
       >>> jax.export.deserialize(exported.serialize()).call(jnp.zeros((5, *shape))).shape
       (5, 2)
     """
-    codes = weight_codes(variables["params"], spec)
+    if impl == "pallas" and batch_size is None:
+        raise ValueError("batch_size: got None with impl='pallas', allowed is a whole number")
+    weights = weight_codes(variables["params"], spec)
     student = quantize(model, without_weights(spec), impl=impl)
 
     def logits(images):
         flat = flax.traverse_util.flatten_dict(dict(variables["params"]))
-        for module, weight in codes.items():
-            step, zero_point = jnp.asarray(weight.ranges)
-            values = (jnp.asarray(weight.codes).astype(step.dtype) + zero_point) * step
-            flat[(*filter(None, module.split("/")), "kernel")] = values.astype(weight.dtype)
+        for module, weight in weights.items():
+            path = (*filter(None, module.split("/")), "kernel")
+            codes, step, zero_point = (jnp.asarray(a) for a in (weight.codes, weight.step, weight.zero_point))
+            flat[path] = weight_values(codes, step, zero_point, flat[path].dtype)
         params = flax.traverse_util.unflatten_dict(flat)
         return student.apply({**variables, "params": params}, prepare(images), **call)
 

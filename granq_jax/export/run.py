@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -18,9 +19,10 @@ from granq_jax.evaluate import newest_state
 from granq_jax.export.packed import save_packed
 from granq_jax.export.program import export_program
 from granq_jax.quant import storage_bytes
-from granq_jax.record import check_writable, describe, versions, write_json
+from granq_jax.record import check_writable, describe, versions, write_bytes, write_json
 from granq_jax.splits import Dataset
 from granq_jax.step import evaluation_mode
+from granq_jax.trainer import Trainer, Variables
 
 _LEVELS = 256
 PACKED, PROGRAM, CUDA_PROGRAM = "student.safetensors", "student.jax", "student_cuda.jax"
@@ -57,26 +59,38 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     dataset, spec = DATASETS[config.dataset], trainer.spec
     theoretical = {key: size for key, size in storage_bytes(state.student, spec).items() if key != "teacher"}
     sizes = {PACKED: save_packed(folder / PACKED, state.student, spec, config.network)}
-    what = {"dtype": np.uint8, "prepare": partial(_normalise, dataset), **evaluation_mode(trainer.model)}
-    images = (dataset.image_size, dataset.image_size, dataset.channels)
     programs: dict[str, dict[str, Any]] = {
         PROGRAM: {},
         CUDA_PROGRAM: {"batch_size": config.eval_batch_size, "platforms": ("cuda",), "impl": "pallas"},
     }
     for name, how in programs.items():
-        program = export_program(trainer.model, spec, state.student, images, **what, **how).serialize()
-        sizes[name] = (folder / name).write_bytes(program)
+        program = export_pixels_program(trainer, dataset, state.student, **how)
+        sizes[name] = write_bytes(folder / name, program.serialize())
     exported = {
         **describe(config),
         "step": step,
         "bytes": sizes,
         "theoretical_bytes": sum(theoretical.values()),
-        "image": {"shape": images, "dtype": "uint8", "max_value": dataset.max_value},
+        "image": {"shape": dataset.image_shape, "dtype": "uint8", "max_value": dataset.max_value},
         "cuda_batch_size": config.eval_batch_size,
         "versions": versions(),
     }
     write_json(folder / "export.json", exported)
     return exported
+
+
+def export_pixels_program(trainer: Trainer, dataset: Dataset, variables: Variables, **how: Any) -> jax.export.Exported:
+    """:func:`granq_jax.export.export_program` of a student, from pixels as ``dataset`` has them, uint8."""
+    return export_program(
+        trainer.model,
+        trainer.spec,
+        variables,
+        dataset.image_shape,
+        dtype=np.uint8,
+        prepare=partial(_normalise, dataset),
+        **evaluation_mode(trainer.model),
+        **how,
+    )
 
 
 def _normalise(dataset: Dataset, pixels: jax.Array) -> jax.Array:

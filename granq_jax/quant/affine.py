@@ -38,12 +38,14 @@ class QuantizedArray(flax.struct.PyTreeNode):
     Attributes:
       codes: int8, the shape of the array that was quantized.
       scale: float, of the same rank with size 1 along every shared axis, so that it broadcasts.
+      step: float like ``scale``, 1 / scale.
       zero_point: float like ``scale`` (a constant channel's does not fit an integer).
       bits: the bit width, static.
     """
 
     codes: jax.Array
     scale: jax.Array
+    step: jax.Array
     zero_point: jax.Array
     bits: int = flax.struct.field(pytree_node=False)
 
@@ -131,7 +133,7 @@ def quantize_codes(
       impl: see :func:`granq_jax.quant.dispatch.dispatch`.
 
     Returns:
-      The codes, scales and zero points. ``dequantize`` of it is ``fake_quant(x, ...)`` to rounding,
+      The codes, scales, steps and zero points. ``dequantize`` of it is ``fake_quant(x, ...)`` to rounding,
       in the dtype of the arithmetic (float32, or float64 for float64 ``x``). Codes of NaN are
       arbitrary.
 
@@ -154,20 +156,22 @@ def quantize_codes(
 def _quantize_codes(x, bits, granularity, impl):
     def by_kernel(x, *, interpret):
         if granularity == "out_channel":  # a weight is an activation of one sample
-            return tuple(array[0] for array in codes_kernel.quantize(x[None], bits, interpret=interpret))
-        return codes_kernel.quantize(x, bits, interpret=interpret)
+            arrays = (array[0] for array in codes_kernel.quantize(x[None], bits, interpret=interpret))
+        else:
+            arrays = codes_kernel.quantize(x, bits, interpret=interpret)
+        codes, scale, zero_point = arrays
+        return codes, scale, 1 / scale, zero_point
 
     def by_xla(x):
         return over_groups(one_group, granularity, x.ndim)(x.astype(compute_dtype(x.dtype)))
 
     def one_group(x):
-        scale, _, zero_point = affine(x, bits)
-        codes = affine_codes(x, scale, zero_point, bits).astype(jnp.int8)
-        same_rank = (1,) * x.ndim
-        return codes, scale.reshape(same_rank), zero_point.reshape(same_rank)
+        group = affine(x, bits)
+        codes = affine_codes(x, group.scale, group.zero_point, bits).astype(jnp.int8)
+        return codes, *(number.reshape((1,) * x.ndim) for number in group)
 
-    codes, scale, zero_point = dispatch(impl, by_xla, by_kernel, x)
-    return QuantizedArray(codes, scale, zero_point, bits)
+    codes, scale, step, zero_point = dispatch(impl, by_xla, by_kernel, x)
+    return QuantizedArray(codes, scale, step, zero_point, bits)
 
 
 def dequantize(q: QuantizedArray) -> jax.Array:
@@ -183,4 +187,4 @@ def dequantize(q: QuantizedArray) -> jax.Array:
 
 @jax.jit
 def _dequantize(q):
-    return affine_values(q.codes.astype(q.scale.dtype), 1 / q.scale, q.zero_point)
+    return affine_values(q.codes.astype(q.step.dtype), q.step, q.zero_point)

@@ -74,6 +74,11 @@ def effective_bits(shape: tuple[int, ...], bits: int, granularity: str) -> float
     return bits + SCALE_AND_ZERO_POINT_BITS * _ranges(shape, granularity) / float(np.prod(shape, dtype=np.int64))
 
 
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes take, packed and filled up to a whole one."""
+    return -(-count * bits // 8)
+
+
 def effective_weight_bits(params: Mapping[str, Any], spec: QuantSpec) -> float | None:
     """Mean of :func:`effective_bits` over all elements of the quantized weights; ``None`` if none is."""
     bits = elements = 0.0
@@ -108,7 +113,7 @@ def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, in
     for path, leaf in weight_paths(variables["params"]).items():
         site = spec.at(path)
         if site.weight_bits is not None:
-            codes += -(-leaf.size * site.weight_bits // 8)
+            codes += packed_bytes(leaf.size, site.weight_bits)
             ranges += _ranges(leaf.shape, site.weight_granularity)
             quantized += leaf.size
     return {

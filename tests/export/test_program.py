@@ -11,6 +11,7 @@ import pytest
 from granq_jax import QuantSpec, create_model, quantize
 from granq_jax.data import DATASETS
 from granq_jax.export import export_program
+from tests.conftest import one_line_error
 
 DIGITS = DATASETS["digits"]
 PIXELS = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1), np.uint8)
@@ -48,6 +49,12 @@ def test_a_program_computes_the_students_logits_in_a_process_without_the_package
     assert expected.dtype == jnp.float64
     np.testing.assert_allclose(run_alone(program, images, tmp_path), expected, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(program.call(images[:2]), expected[:2], rtol=1e-9, atol=1e-9)
+
+
+def test_kernels_need_a_batch_size():
+    model = create_model("resnet8_digits")
+    with one_line_error(ValueError, "batch_size", "None", "whole number"):
+        export_program(model, QuantSpec(), {}, (8, 8, 1), platforms=("cuda",), impl="pallas")
 
 
 @pytest.mark.parametrize("act_granularity", ["sample_channel", "tensor"])
