@@ -10,7 +10,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 @pytest.mark.slow
 def test_the_example_on_a_model_of_ones_own(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     exec(compile(example, "README.md", "exec"), {"__name__": "example"})
     printed = capsys.readouterr().out
     accuracy = {name: float(value) for name, value in re.findall(r"^([a-z, ]+): ([\d.]+) %$", printed, re.MULTILINE)}
