@@ -140,8 +140,8 @@ class QuantizedModel:
         site = _site(path, kind, x.shape, self.spec.at(path))
         quantized, counts = x, None
         if site.bits is not None and site.granularity is not None:
-            quantized = fake_quant(x, bits=site.bits, granularity=site.granularity, impl=self.impl)
-            codes = quantize_codes(x, bits=site.bits, granularity=site.granularity).codes
+            quantized = fake_quant(x, bits=site.bits, granularity=site.granularity, impl="xla")
+            codes = quantize_codes(x, bits=site.bits, granularity=site.granularity, impl="xla").codes
             codes = codes.astype(jnp.int32) + 2 ** (site.bits - 1)
             counts = jnp.bincount(codes.ravel(), length=2**site.bits)
         return Observation(site, _relative_error(quantized, x), _relative_error(quantized, reference), counts)
