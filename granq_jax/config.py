@@ -26,12 +26,13 @@ from granq_jax.models.registry import NETWORKS
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
     ACT_GRANULARITIES,
+    ACT_RANGES,
     MAX_BITS,
     MIN_BITS,
     PLACEMENTS,
     WEIGHT_GRANULARITIES,
 )
-from granq_jax.trainer import ON_NONFINITE
+from granq_jax.trainer import OBJECTIVES, ON_NONFINITE
 
 TRAIN_A_TEACHER = "train"
 _CONFIGS = resources.files("granq_jax.configs")
@@ -72,6 +73,7 @@ def default_config() -> ConfigDict:
     config.quant.act_bits = 3
     config.quant.weight_granularity = "out_channel"
     config.quant.act_granularity = "sample_channel"
+    config.quant.act_ranges = "dynamic"  # or "moving_average"
     config.quant.placement = "activation"
     config.quant.impl = "auto"
 
@@ -95,6 +97,8 @@ def default_config() -> ConfigDict:
     config.loss.lambda_lower = 0.1
     config.loss.lambda_upper = 0.8
     config.loss.temperature = 20.0
+    config.loss.objective = "adadfq"  # or "gdfq"
+    config.loss.attention = 0.0  # of AKT's attention distillation
 
     config.profile = ConfigDict()  # a trace of `steps` steps from `start` on; 0 steps is none
     config.profile.start = 10
@@ -198,6 +202,7 @@ CHECKS: dict[str, Check] = {
     "quant.act_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.weight_granularity": _choice(*WEIGHT_GRANULARITIES),
     "quant.act_granularity": _choice(*ACT_GRANULARITIES),
+    "quant.act_ranges": _choice(*ACT_RANGES),
     "quant.placement": _choice(*PLACEMENTS),
     "quant.impl": _choice(*IMPLEMENTATIONS),
     "student.lr": _real(0),
@@ -214,6 +219,8 @@ CHECKS: dict[str, Check] = {
     "loss.lambda_lower": _real(0, 1),
     "loss.lambda_upper": _real(0, 1),
     "loss.temperature": _real(0, low_open=True),
+    "loss.objective": _choice(*OBJECTIVES),
+    "loss.attention": _real(0),
     "profile.start": _whole(0),
     "profile.steps": _whole(0),
     "teacher_training.epochs": _whole(1),
@@ -261,6 +268,17 @@ def check_config(config: ConfigDict) -> None:
             f"config.loss.lambda_lower: got {config.loss.lambda_lower}, "
             f"allowed are numbers up to config.loss.lambda_upper, {config.loss.lambda_upper}"
         )
+    if config.quant.act_ranges == "moving_average":
+        if config.quant.act_granularity in ("sample_channel", "sample"):
+            raise ValueError(
+                f"config.quant.act_granularity: got {config.quant.act_granularity!r} with config.quant.act_ranges "
+                "'moving_average', allowed are 'channel', 'tensor'"
+            )
+        if not config.warmup_epochs:
+            raise ValueError(
+                "config.warmup_epochs: got 0 with config.quant.act_ranges 'moving_average', whose ranges are measured "
+                "in the warm-up; allowed are whole numbers from 1"
+            )
     if config.warmup_epochs > config.epochs:
         raise ValueError(
             f"config.warmup_epochs: got {config.warmup_epochs}, "

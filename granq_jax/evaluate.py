@@ -23,9 +23,8 @@ from granq_jax.quant import effective_weight_bits, quantize
 from granq_jax.quant.spec import check_choice
 from granq_jax.record import check_writable, describe, versions, write_json
 from granq_jax.splits import Split, batches
-from granq_jax.step import evaluation_mode
 from granq_jax.teachers import TRAINED_TEACHER, load_teacher
-from granq_jax.trainer import Trainer, TrainState, Variables
+from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
 
 
 class Accuracy(NamedTuple):

@@ -12,8 +12,8 @@ import numpy as np
 
 from granq_jax.devices import place, sample_index, settle
 from granq_jax.progress import Progress
-from granq_jax.step import CHECKED, evaluation_mode, mapped_step
-from granq_jax.trainer import Trainer, TrainState, Variables
+from granq_jax.step import CHECKED, mapped_step
+from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
 
 _WORDS = {name: f"the loss term {name} is" for name in CHECKED} | {
     name: f"a parameter of the {name} is" for name in ("generator", "student")

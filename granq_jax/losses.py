@@ -3,7 +3,7 @@
 ``teacher`` and ``student`` are logits (N, C), ``labels`` integers (N,), t and s stand for the
 logits of one sample. H is the entropy in nats. The discrepancy, agreement, balance and distillation
 terms are those of AdaDFQ (Qian et al., CVPR 2023), which GranQ trains with; the batch-norm
-statistics loss is that of GDFQ (Xu et al., ECCV 2020).
+statistics loss and the label distillation are those of GDFQ (Xu et al., ECCV 2020).
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
+def label_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of logits (N, C) and labels (N,), a scalar."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
 def discrepancy(teacher: jax.Array, student: jax.Array, labels: jax.Array) -> jax.Array:
     """``ds``: mean cross-entropy of t - s and the label, a scalar; small where only the teacher knows it."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(teacher - student, labels))
+    return label_cross_entropy(teacher - student, labels)
 
 
 def agreement(teacher: jax.Array, student: jax.Array, labels: jax.Array) -> jax.Array:
     """``as``: mean cross-entropy of t + s and the label, a scalar; small where both know it."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(teacher + student, labels))
+    return label_cross_entropy(teacher + student, labels)
 
 
 def balance_hinge(
@@ -86,6 +91,17 @@ def batch_norm_statistics(
 def distillation(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:
     """L_S = -T^2 mean H(softmax((t - s) / T)), a scalar; least where t - s is the same for all classes."""
     return -(temperature**2) * jnp.mean(entropy(teacher - student, temperature))
+
+
+def label_distillation(teacher: jax.Array, student: jax.Array, labels: jax.Array, temperature: float) -> jax.Array:
+    """GDFQ's L_S, a scalar: ``T^2 mean KL(softmax(t / T) || softmax(s / T)) + mean CE(s, y)``.
+
+    The first mean is over samples and classes alike, as the released code of GDFQ has it, so that its weight is a
+    C-th of what is usual.
+    """
+    log_t, log_s = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
+    divergence = jnp.mean(jnp.exp(log_t) * (log_t - log_s))
+    return temperature**2 * divergence + label_cross_entropy(student, labels)
 
 
 def attention_distillation(

@@ -1,7 +1,7 @@
 """The command line.
 
-``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--subject SUBJECT]
-[--overwrite] [--compilation-cache DIR] [--config.KEY=VALUE ...]``; of several processes each with
+``python -m granq_jax.main --config FILE [--workdir DIR] [--mode MODE] [--method METHOD]
+[--subject SUBJECT] [--overwrite] [--compilation-cache DIR] [--config.KEY=VALUE ...]``; of several processes each with
 ``--coordinator-address HOST:PORT --num-processes N --process-id I``, or ``--distributed``.
 """
 
@@ -27,6 +27,7 @@ from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_setting_exists, load_config
 from granq_jax.evaluate import SUBJECTS, evaluate_run
 from granq_jax.export import export_run
+from granq_jax.methods import METHODS, set_method
 from granq_jax.profiling import profile
 from granq_jax.stopping import Interrupted, RunError, interruptible
 from granq_jax.train import train_and_evaluate
@@ -40,6 +41,7 @@ MODES: dict[str, Callable[..., dict[str, Any]]] = {
     "export": export_run,
 }
 _OF_A_RUN = ("evaluate", "export")  # with its own config
+_BY_METHOD = ("train", "profile")
 _WORKDIR_SUFFIXES = {"train_teacher": "_teacher", "profile": "_profile"}
 
 
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="a config's path or name; a run is evaluated and exported with its own")
     parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher|_profile]")
     parser.add_argument("--mode", choices=MODES, default="train")
+    parser.add_argument("--method", choices=METHODS, help="whose settings to take; by default the config's: GranQ's")
     parser.add_argument(
         "--subject", choices=SUBJECTS, help="what is evaluated; by default the student, if there is one"
     )
@@ -84,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, overrides = parser.parse_known_args(argv)
         if options.subject is not None and options.mode != "evaluate":
             raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
+        if options.method is not None and options.mode not in _BY_METHOD:
+            raise ValueError(f"--method: got {options.method!r}, allowed with --mode={' or '.join(_BY_METHOD)} only")
         if options.overwrite and options.mode != "train":
             raise ValueError("--overwrite: allowed with --mode=train only")
         if options.config is None and (options.mode not in _OF_A_RUN or options.workdir is None):
@@ -96,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = saved if options.mode in _OF_A_RUN and os.path.isfile(saved) else options.config
         if source is None:
             raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
-        config = _overridden(load_config(source), overrides)
+        config = load_config(source)
+        if options.method is not None:
+            set_method(config, options.method)
+        config = _overridden(config, overrides)
         arguments: dict[str, Any] = {}
         if options.mode == "evaluate":
             arguments["subject"] = options.subject or ""

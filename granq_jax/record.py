@@ -90,7 +90,7 @@ def check_writable(workdir: Path) -> None:
 
 def describe(config: ConfigDict) -> dict[str, Any]:
     """The fields by which a result says what was quantized, and how."""
-    quant = ("weight_bits", "act_bits", "weight_granularity", "act_granularity", "placement")
+    quant = ("weight_bits", "act_bits", "weight_granularity", "act_granularity", "act_ranges", "placement")
     return {
         "dataset": config.dataset,
         "network": config.network,

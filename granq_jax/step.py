@@ -13,22 +13,20 @@ made before; so both losses share one forward pass, and their gradients are two 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
-from granq_jax import losses
 from granq_jax.devices import AXIS
 from granq_jax.models.layers import batch_moments
-from granq_jax.quant import quantize
-from granq_jax.trainer import LossSettings, Trainer, TrainState, Variables
+from granq_jax.objectives import feature_maps, generator_loss, student_loss
+from granq_jax.quant import RANGES, QuantizedModel, in_full_precision, quantize
+from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
 
 # Loss terms, and the networks whose parameters, must be finite after a step; causes before effects.
 CHECKED = ("hinge", "onehot", "bns", "loss_g", "loss_s", "generator", "student")
@@ -50,24 +48,15 @@ def sample_noise(trainer: Trainer, step: jax.Array, index: jax.Array) -> tuple[j
     return jax.vmap(one)(index)
 
 
-def evaluation_mode(model: nn.Module) -> dict[str, Any]:
-    """``{"train": False}`` for models whose call takes ``train``, nothing for others.
-
-    Example:
-      >>> evaluation_mode(nn.Dense(3))
-      {}
-    """
-    return {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
-
-
 def apply_with_moments(
-    model: nn.Module, variables: Variables, images: jax.Array, axis_name: str | None = None
-) -> tuple[jax.Array, Variables]:
-    """Logits of a float model in evaluation mode, with the moments of its batch norms' inputs.
+    model: QuantizedModel, variables: Variables, images: jax.Array, axis_name: str | None = None
+) -> tuple[tuple[jax.Array, Variables], tuple[jax.Array, ...]]:
+    """Logits of a model in evaluation mode, with the moments of its batch norms' inputs, and its activations.
 
     Returns:
-      Logits (N, C), and a tree with ``{"mean": (C,), "var": (C,)}`` (biased variance, over all
-      devices) at the path of every ``nn.BatchNorm`` called, each wrapped in a tuple of calls.
+      Logits (N, C) and a tree with ``{"mean": (C,), "var": (C,)}`` (biased variance, over all
+      devices) at the path of every ``nn.BatchNorm`` called, each wrapped in a tuple of calls;
+      and the activations.
     """
 
     def observe(next_call, args, kwargs, context):
@@ -83,51 +72,10 @@ def apply_with_moments(
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(observe):
-        logits, collections = model.apply(variables, images, **evaluation_mode(model), mutable=["moments"])
-    return logits, collections.get("moments", {})
-
-
-def generator_loss(
-    settings: LossSettings,
-    teacher: jax.Array,
-    moments: Variables,
-    student: jax.Array,
-    labels: jax.Array,
-    running: Variables,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L_G and its terms ``hinge``, ``onehot`` and ``bns`` (each before its weight).
-
-    Args:
-      settings: weights of the terms.
-      teacher: logits (N, C).
-      moments: of the teacher's batch norms, as :func:`apply_with_moments` returns them.
-      student: logits (N, C).
-      labels: (N,).
-      running: the teacher's ``batch_stats``.
-      axis_name: mapped axis that splits the batch.
-
-    Raises:
-      ValueError: if BNS has a weight but the teacher no batch norm.
-    """
-    hinge = losses.balance_hinge(teacher, student, settings.lambda_lower, settings.lambda_upper, axis_name)
-    onehot = settings.alpha_ds * losses.discrepancy(teacher, student, labels)
-    onehot = onehot + settings.alpha_as * losses.agreement(teacher, student, labels)
-    flat_moments, flat_running = (flax.traverse_util.flatten_dict(tree) for tree in (moments, running))
-    calls = [
-        (pair, (flat_running[*path, "mean"], flat_running[*path, "var"]))
-        for *path, leaf in flat_moments
-        if leaf == "mean"
-        for pair in zip(flat_moments[*path, "mean"], flat_moments[*path, "var"], strict=True)
-    ]
-    if settings.gamma and not calls:
-        raise ValueError(
-            f"LossSettings.gamma: got {settings.gamma}, allowed is 0 only: the teacher has no flax.linen.BatchNorm, "
-            "whose statistics the term compares"
+        (logits, collections), activations = model.apply_with_activations(
+            variables, images, **evaluation_mode(model.model), mutable=["moments"]
         )
-    bns = losses.batch_norm_statistics(*zip(*calls, strict=True)) if calls else jnp.zeros((), hinge.dtype)
-    loss = hinge + settings.beta * onehot + settings.gamma * bns
-    return loss, {"hinge": hinge, "onehot": onehot, "bns": bns}
+    return (logits, collections.get("moments", {})), activations
 
 
 def update(
@@ -161,19 +109,28 @@ def update(
     """
     generator = trainer.generator.copy(axis_name=axis_name)
     quantized = quantize(trainer.model, trainer.spec, impl=trainer.impl, axis_name=axis_name)
+    in_full = quantize(trainer.model, in_full_precision(trainer.spec), impl="xla")
+    # The ranges that are kept move in the warm-up, and stay for the student to learn with.
+    moving = [RANGES] if warmup and RANGES in state.student else False
 
     def make_images(params):
         variables = {**state.generator, "params": params}
         return generator.apply(variables, z, labels, mutable=["batch_stats"])
 
+    def run_teacher(images):
+        return apply_with_moments(in_full, teacher, images, axis_name)
+
     def run_student(params, images):
-        return quantized.apply({**state.student, "params": params}, images, **evaluation_mode(trainer.model))
+        variables = {**state.student, "params": params}
+        outputs, activations = quantized.apply_with_activations(
+            variables, images, **evaluation_mode(trainer.model), mutable=moving
+        )
+        logits, ranges = outputs if moving else (outputs, {})
+        return (logits, feature_maps(activations) if trainer.losses.attention else ()), ranges
 
     images, pull_generator, generator_stats = jax.vjp(make_images, state.generator["params"], has_aux=True)
-    (t, moments), pull_teacher = jax.vjp(
-        lambda images: apply_with_moments(trainer.model, teacher, images, axis_name), images
-    )
-    s, pull_student = jax.vjp(run_student, state.student["params"], images)
+    (t, moments), pull_teacher, activations = jax.vjp(run_teacher, images, has_aux=True)
+    (s, maps), pull_student, ranges = jax.vjp(run_student, state.student["params"], images, has_aux=True)
     if t.shape != (len(labels), generator.classes):
         raise ValueError(
             f"Generator.classes: got {generator.classes}, but {type(trainer.model).__name__} turns a batch of "
@@ -185,10 +142,13 @@ def update(
         lambda t, moments, s: loss_g(t, moments, s, axis_name=axis_name), argnums=(0, 1, 2), has_aux=True
     )(t, moments, s)
     (to_images,) = pull_teacher((to_t, to_moments))
-    to_images = to_images + pull_student(to_s)[1]
+    to_images = to_images + pull_student((to_s, jax.tree.map(jnp.zeros_like, maps)))[1]
     (generator_grads,) = pull_generator(to_images)
 
-    value_s, to_s = jax.value_and_grad(losses.distillation, argnums=1)(t, s, trainer.losses.temperature)
+    value_s, to_student = jax.value_and_grad(
+        lambda s, maps: student_loss(trainer.losses, t, s, labels, feature_maps(activations), maps, axis_name),
+        argnums=(0, 1),
+    )(s, maps)
     metrics = {"loss_g": value_g, "loss_s": value_s, **terms}
 
     # Every device's loss is the mean over its own samples, and a collective in a forward pass
@@ -201,9 +161,10 @@ def update(
         step=state.step + 1,
         generator={**generator_stats, "params": generator_params},
         generator_opt=generator_opt,
+        student={**state.student, **ranges},
     )
     if not warmup:
-        student_grads = _mean_over_devices(pull_student(to_s)[0], axis_name)
+        student_grads = _mean_over_devices(pull_student(to_student)[0], axis_name)
         student_params, student_opt = _apply_gradients(
             trainer.student_optimizer, student_grads, state.student["params"], state.student_opt
         )

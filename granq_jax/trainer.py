@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,23 @@ import optax
 from granq_jax import schedules
 from granq_jax.checks import betas, check_fields, increasing_epochs, real, whole
 from granq_jax.models.generator import Generator
-from granq_jax.quant import QuantSpec
+from granq_jax.quant import QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import check_choice
 
 Variables = Mapping[str, Any]
 ON_NONFINITE = ("stop", "skip")
+OBJECTIVES = ("adadfq", "gdfq")
+
+
+def evaluation_mode(model: nn.Module) -> dict[str, Any]:
+    """``{"train": False}`` for models whose call takes ``train``, nothing for others.
+
+    Example:
+      >>> evaluation_mode(nn.Dense(3))
+      {}
+    """
+    return {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +78,17 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Weights of the loss terms: L_G = hinge + beta (alpha_ds ds + alpha_as as) + gamma BNS.
+    """The losses, and the weights of their terms.
+
+    ==========  ===================================================  =======================
+    objective   L_G                                                  L_S
+    ==========  ===================================================  =======================
+    ``adadfq``  hinge + beta (alpha_ds ds + alpha_as as) + gamma BNS distillation + attention
+    ``gdfq``    beta CE(t, y) + gamma BNS                            label distillation + attention
+    ==========  ===================================================  =======================
 
     Attributes:
+      objective: ``"adadfq"``, which GranQ trains with too, or ``"gdfq"``; see :mod:`granq_jax.losses`.
       alpha_ds: of the discrepancy.
       alpha_as: of the agreement.
       beta: of both together.
@@ -76,8 +96,11 @@ class LossSettings:
       lambda_lower: lower bound of the balance hinge.
       lambda_upper: upper bound of the balance hinge.
       temperature: of the distillation.
+      attention: weight of :func:`granq_jax.losses.attention_distillation`, between the last activations
+        of each resolution; 0 leaves it out.
     """
 
+    objective: str = "adadfq"
     alpha_ds: float = 0.2
     alpha_as: float = 0.1
     beta: float = 1.0
@@ -85,9 +108,11 @@ class LossSettings:
     lambda_lower: float = 0.1
     lambda_upper: float = 0.8
     temperature: float = 20.0
+    attention: float = 0.0
 
     def __post_init__(self) -> None:
-        weights = dict.fromkeys(("alpha_ds", "alpha_as", "beta", "gamma"), real(0))
+        check_choice("LossSettings.objective", self.objective, OBJECTIVES)
+        weights = dict.fromkeys(("alpha_ds", "alpha_as", "beta", "gamma", "attention"), real(0))
         bounds = dict.fromkeys(("lambda_lower", "lambda_upper"), real(0, 1))
         check_fields(self, weights | bounds | {"temperature": real(0, low_open=True)})
         if self.lambda_lower > self.lambda_upper:
@@ -103,7 +128,7 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: number of steps taken, int32.
       generator: its variables.
-      student: its variables; same tree as the teacher's.
+      student: its variables; the teacher's tree, and where they are kept the ranges of its activations.
       generator_opt: optimizer state.
       student_opt: optimizer state.
     """
@@ -162,6 +187,11 @@ class Trainer:
                 raise TypeError(f"Trainer.{field}: got {type(value).__name__}, allowed is {kind.__name__}")
         check_choice("Trainer.impl", self.impl, IMPLEMENTATIONS)
         check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        if self.spec.act_ranges == "moving_average" and not self.optimizers.warmup_epochs:
+            raise ValueError(
+                "OptimizerSettings.warmup_epochs: got 0 with QuantSpec.act_ranges='moving_average', whose ranges are "
+                "measured in the warm-up; allowed are whole numbers from 1"
+            )
         check_fields(self, {"batch_size": whole(2), "latent": whole(1), "seed": whole(0, 2**31 - 1)})
 
     @property
@@ -200,6 +230,9 @@ class Trainer:
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
         generator = jax.jit(self.generator.init)(key, z, labels)
         student = jax.tree.map(jnp.copy, flax.core.unfreeze(dict(teacher)))
+        size, channels = self.generator.image_size, self.generator.channels
+        images = jnp.zeros((2, size, size, channels), self.dtype)
+        student |= quantize(self.model, self.spec).empty_ranges(student, images, **evaluation_mode(self.model))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             generator=generator,

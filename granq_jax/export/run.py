@@ -21,8 +21,7 @@ from granq_jax.export.program import export_program
 from granq_jax.quant import storage_bytes
 from granq_jax.record import check_writable, describe, versions, write_bytes, write_json
 from granq_jax.splits import Dataset
-from granq_jax.step import evaluation_mode
-from granq_jax.trainer import Trainer, Variables
+from granq_jax.trainer import Trainer, Variables, evaluation_mode
 
 _LEVELS = 256
 PACKED, PROGRAM, CUDA_PROGRAM = "student.safetensors", "student.jax", "student_cuda.jax"

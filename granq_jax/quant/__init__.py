@@ -4,7 +4,9 @@ from granq_jax.quant.affine import QuantizedArray as QuantizedArray
 from granq_jax.quant.affine import dequantize as dequantize
 from granq_jax.quant.affine import quantize_codes as quantize_codes
 from granq_jax.quant.fake_quant import fake_quant as fake_quant
+from granq_jax.quant.ranges import RANGES as RANGES
 from granq_jax.quant.spec import QuantSpec as QuantSpec
+from granq_jax.quant.spec import in_full_precision as in_full_precision
 from granq_jax.quant.spec import without_weights as without_weights
 from granq_jax.quant.transform import Observation as Observation
 from granq_jax.quant.transform import QuantizedModel as QuantizedModel

@@ -76,6 +76,11 @@ def affine(x: jax.Array, bits: int, axis_name: str | None = None) -> Affine:
     low, high = jnp.min(x), jnp.max(x)
     if axis_name is not None:
         low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
+    return affine_within(low, high, bits)
+
+
+def affine_within(low: jax.Array, high: jax.Array, bits: int) -> Affine:
+    """Scale, step and zero point of the range from ``low`` to ``high``, arrays that broadcast."""
     width = jnp.maximum(high - low, MIN_RANGE)
     levels = 2**bits - 1
     scale = levels / width

@@ -12,6 +12,7 @@ MIN_BITS, MAX_BITS = 2, 8
 WEIGHT_GRANULARITIES = ("out_channel", "kernel", "tensor")
 ACT_GRANULARITIES = ("sample_channel", "channel", "sample", "tensor")
 GRANULARITIES = ("sample_channel", "channel", "sample", "tensor", "out_channel", "kernel")
+ACT_RANGES = ("dynamic", "moving_average")
 PLACEMENTS = ("activation", "operand")
 
 _OVERRIDE = "a pair of a regular expression and a dict of fields"
@@ -87,7 +88,10 @@ class QuantSpec:
       weight_granularity: ``"out_channel"`` (a range per output channel), ``"kernel"`` (a range per
         input and output pair, as the released GranQ code has it) or ``"tensor"``.
       act_granularity: ``"sample_channel"`` (GranQ: a range per sample and channel), ``"channel"``,
-        ``"sample"`` or ``"tensor"``. Ranges are measured on the batch at hand, at test time too.
+        ``"sample"`` or ``"tensor"``.
+      act_ranges: ``"dynamic"``, measured on the batch at hand, at test time too; or
+        ``"moving_average"``, kept in the variables (see :mod:`granq_jax.quant.ranges`), for
+        granularities that do not tell samples apart.
       placement: where activations are quantized: ``"activation"``, the outputs of activation
         modules, or ``"operand"``, the inputs of convolutions and dense layers.
       activation_modules: further module classes (or their names) whose outputs count as
@@ -110,6 +114,7 @@ class QuantSpec:
     act_bits: int | None = 3
     weight_granularity: str = "out_channel"
     act_granularity: str = "sample_channel"
+    act_ranges: str = "dynamic"
     placement: str = "activation"
     activation_modules: tuple[str | type, ...] = ()
     overrides: tuple[tuple[str, Any], ...] = ()
@@ -120,6 +125,12 @@ class QuantSpec:
                 check_bits(f"QuantSpec.{field}", getattr(self, field))
         check_choice("QuantSpec.weight_granularity", self.weight_granularity, WEIGHT_GRANULARITIES)
         check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
+        check_choice("QuantSpec.act_ranges", self.act_ranges, ACT_RANGES)
+        if self.act_ranges == "moving_average" and self.act_granularity in ("sample_channel", "sample"):
+            raise ValueError(
+                f"QuantSpec.act_granularity: got {self.act_granularity!r} with act_ranges='moving_average', "
+                "allowed are 'channel', 'tensor'"
+            )
         check_choice("QuantSpec.placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "activation_modules", _checked_modules(self.activation_modules, self.placement))
         if not isinstance(self.overrides, tuple | list):
@@ -147,6 +158,11 @@ class QuantSpec:
                         f"QuantSpec.overrides: {pattern!r} with {name} matches nothing; "
                         f"the paths there are {', '.join(paths[kind]) or 'none'}"
                     )
+
+
+def in_full_precision(spec: QuantSpec) -> QuantSpec:
+    """``spec`` with nothing quantized: what counts as an activation stays the same."""
+    return dataclasses.replace(spec, weight_bits=None, act_bits=None, overrides=())
 
 
 def without_weights(spec: QuantSpec) -> QuantSpec:

@@ -18,7 +18,8 @@ from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
 from granq_jax.quant.affine import quantize_codes
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
-from granq_jax.quant.spec import QuantSpec, check_choice
+from granq_jax.quant.ranges import RANGES, codes_within, empty, fake_quant_within, measured, moved
+from granq_jax.quant.spec import QuantSpec, check_choice, in_full_precision
 from granq_jax.quant.weights import effective_bits, quantize_params, weight_paths
 
 OPERAND_MODULES = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
@@ -81,7 +82,8 @@ class QuantizedModel:
         """``model.apply`` with quantized weights and activations.
 
         Args:
-          variables: the float model's variables.
+          variables: the float model's variables, and for ``act_ranges="moving_average"`` the collection
+            :data:`~granq_jax.quant.ranges.RANGES`. Without it, ranges are measured on the batch at hand.
           *args: as for ``model.apply``.
           **kwargs: as for ``model.apply``, ``mutable``, ``rngs`` and ``method`` included.
 
@@ -93,6 +95,24 @@ class QuantizedModel:
         """
         outputs, _ = self._apply(variables, args, kwargs)
         return outputs
+
+    def apply_with_activations(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+        """:meth:`apply`, and every activation as later layers read it, in the order of the calls.
+
+        With the bits of ``spec`` ``None`` these are the float model's.
+        """
+        outputs, activations = self._apply(variables, args, kwargs)
+        return outputs, tuple(activation.quantized for activation in activations)
+
+    def empty_ranges(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The collection :data:`~granq_jax.quant.ranges.RANGES` before anything was measured, by its name.
+
+        Takes what ``apply`` takes; nothing is computed. Empty for ``act_ranges="dynamic"``.
+        """
+        if self.spec.act_ranges == "dynamic":
+            return {}
+        _, shapes = jax.eval_shape(lambda v: self.apply(v, *args, **kwargs, mutable=[RANGES]), variables)
+        return jax.tree.map(lambda like: empty(like.shape, like.dtype), dict(shapes))
 
     def sites(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
         """Every weight and activation with its bits and granularity; nothing is computed.
@@ -124,56 +144,63 @@ class QuantizedModel:
           >>> weight.site.kind, weight.code_counts.sum().item()
           ('weight', 6)
         """
-        in_full = dataclasses.replace(self.spec, weight_bits=None, act_bits=None, overrides=())
-        _, teachers = dataclasses.replace(self, spec=in_full, impl="xla")._apply(teacher, args, kwargs)
+        in_full = dataclasses.replace(self, spec=in_full_precision(self.spec), impl="xla")
+        _, teachers = in_full._apply(teacher, args, kwargs)
         _, students = dataclasses.replace(self, impl="xla")._apply(variables, args, kwargs)
         teachers_weights, weights = weight_paths(teacher["params"]), weight_paths(variables["params"])
         return tuple(
-            [self._observation(path, "weight", x, teachers_weights[path]) for path, x in weights.items()]
+            [self._observation(path, "weight", x, None, teachers_weights[path]) for path, x in weights.items()]
             + [
-                self._observation(path, "activation", x, reference)
-                for (path, x), (_, reference) in zip(students, teachers, strict=True)
+                self._observation(student.path, "activation", student.x, student.within, of_teacher.x)
+                for student, of_teacher in zip(students, teachers, strict=True)
             ]
         )
 
-    def _observation(self, path: str, kind: str, x: jax.Array, reference: jax.Array) -> Observation:
+    def _observation(
+        self, path: str, kind: str, x: jax.Array, within: jax.Array | None, reference: jax.Array
+    ) -> Observation:
         site = _site(path, kind, x.shape, self.spec.at(path))
         quantized, counts = x, None
         if site.bits is not None and site.granularity is not None:
-            quantized = fake_quant(x, bits=site.bits, granularity=site.granularity, impl="xla")
-            codes = quantize_codes(x, bits=site.bits, granularity=site.granularity, impl="xla").codes
+            if within is not None:
+                quantized = fake_quant_within(x, within, site.bits)
+                codes = codes_within(x, within, site.bits).codes
+            else:
+                quantized = fake_quant(x, bits=site.bits, granularity=site.granularity, impl="xla")
+                codes = quantize_codes(x, bits=site.bits, granularity=site.granularity, impl="xla").codes
             codes = codes.astype(jnp.int32) + 2 ** (site.bits - 1)
             counts = jnp.bincount(codes.ravel(), length=2**site.bits)
         return Observation(site, _relative_error(quantized, x), _relative_error(quantized, reference), counts)
 
     def _apply(self, variables, args, kwargs):
-        """The model's outputs, and the activations that were met, as (path, array before quantization).
-
-        Where ``impl`` lets what comes before be fused with the quantizer, it is the array before that.
-        """
-        activations: list[tuple[str, jax.Array]] = []
+        """The model's outputs, and the activations that were met."""
+        activations: list[_Activation] = []
         matched_modules: set[str | type] = set()
 
-        def quantized(path, x):
-            activations.append((path, x))
+        def quantized(module, x):
+            path = "/".join(module.path)
             site = self.spec.at(path)
-            if site.act_bits is None:
-                return x
-            return fake_quant(
-                x, bits=site.act_bits, granularity=site.act_granularity, impl=self.impl, axis_name=self.axis_name
-            )
+            y, within = x, None
+            if site.act_bits is not None and site.act_ranges == "moving_average":
+                within = self._range(module, x, site.act_granularity)
+                y = fake_quant_within(x, within, site.act_bits)
+            elif site.act_bits is not None:
+                y = fake_quant(
+                    x, bits=site.act_bits, granularity=site.act_granularity, impl=self.impl, axis_name=self.axis_name
+                )
+            activations.append(_Activation(path, x, y, within))
+            return y
 
         def interceptor(next_call, call_args, call_kwargs, context):
             module = context.module
             if context.method_name != "__call__":
                 return next_call(*call_args, **call_kwargs)
-            path = "/".join(module.path)
             if self.spec.placement == "operand":
                 if not isinstance(module, OPERAND_MODULES):
                     return next_call(*call_args, **call_kwargs)
                 if call_args:
-                    return next_call(quantized(path, call_args[0]), *call_args[1:], **call_kwargs)
-                return next_call(**{**call_kwargs, "inputs": quantized(path, call_kwargs["inputs"])})
+                    return next_call(quantized(module, call_args[0]), *call_args[1:], **call_kwargs)
+                return next_call(**{**call_kwargs, "inputs": quantized(module, call_kwargs["inputs"])})
             named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
             matched_modules.update(named)
             fusible = type(module) in (NormAct, Activation) and not named and self.impl != "xla"
@@ -181,8 +208,7 @@ class QuantizedModel:
             if epilogue is not None:
                 site = self.spec.at(epilogue.path)
                 if site.act_bits is not None and has_kernel(epilogue.x, site.act_granularity):
-                    activations.append((epilogue.path, epilogue.x))
-                    return norm_act_fake_quant(
+                    y = norm_act_fake_quant(
                         epilogue.x,
                         bits=site.act_bits,
                         norm=epilogue.norm,
@@ -190,14 +216,29 @@ class QuantizedModel:
                         activation=epilogue.activation,
                         impl=self.impl,
                     )
+                    activations.append(_Activation(epilogue.path, epilogue.x, y, None))
+                    return y
             outputs = next_call(*call_args, **call_kwargs)
-            return quantized(path, outputs) if named or isinstance(module, Activation) else outputs
+            return quantized(module, outputs) if named or isinstance(module, Activation) else outputs
 
         quantized_params = quantize_params(variables["params"], self.spec, self.impl)
         with nn.intercept_methods(interceptor):
             outputs = self.model.apply({**variables, "params": quantized_params}, *args, **kwargs)
         self._check_matched(variables, activations, matched_modules)
         return outputs, activations
+
+    def _range(self, module: nn.Module, x: jax.Array, granularity: str) -> jax.Array:
+        """The moving average to quantize the activation of ``module`` with, moved first where it may be."""
+        average = module.get_variable(RANGES, "act")
+        moves = module.is_mutable_collection(RANGES)
+        if average is not None and not moves:
+            return average
+        within = measured(x, granularity, self.axis_name)
+        if average is not None:
+            within = moved(average, within)
+        if moves:
+            module.put_variable(RANGES, "act", within)
+        return within
 
     def _check_matched(self, variables, activations, matched_modules):
         weights = list(weight_paths(variables["params"]))
@@ -213,12 +254,12 @@ class QuantizedModel:
             )
         for wanted in self.spec.activation_modules:
             if wanted not in matched_modules:
-                paths = ", ".join(path for path, _ in activations) or "none"
+                paths = ", ".join(activation.path for activation in activations) or "none"
                 raise ValueError(
                     f"QuantSpec.activation_modules: no module of class {wanted!r} was called in {name}; "
                     f"the activations that were met are {paths}"
                 )
-        self.spec.check_overrides_match(weights, [path for path, _ in activations])
+        self.spec.check_overrides_match(weights, [activation.path for activation in activations])
 
 
 def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name: str | None = None) -> QuantizedModel:
@@ -259,6 +300,22 @@ def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name
         raise TypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
     check_choice("impl", impl, IMPLEMENTATIONS)
     return QuantizedModel(model, spec, impl, axis_name)
+
+
+class _Activation(NamedTuple):
+    """An activation that was met.
+
+    Attributes:
+      path: of its module.
+      x: before it was quantized; where what comes before is fused with the quantizer, before that.
+      quantized: after it.
+      within: the moving average that it was quantized with, if it was with one.
+    """
+
+    path: str
+    x: jax.Array
+    quantized: jax.Array
+    within: jax.Array | None
 
 
 class _Epilogue(NamedTuple):

@@ -12,8 +12,7 @@ import numpy as np
 
 from granq_jax.quant import Observation, quantize, storage_bytes
 from granq_jax.quant.weights import weight_paths
-from granq_jax.step import evaluation_mode
-from granq_jax.trainer import Trainer, TrainState, Variables
+from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
 
 CLASSES_SHOWN = 10
 # At 224 pixels an image's activations take up to 50 MB.

@@ -32,3 +32,11 @@ def fake_quant(x, bits, granularity):
         codes[group] = np.clip(np.round(scale * x[group] - zero), -half, half - 1)
         values[group] = (codes[group] + zero) / scale
     return codes, values
+
+
+def fake_quant_within(x, low, high, bits):
+    """Values of ``x`` where the range is given, low and high of a shape that broadcasts."""
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    scale = levels / np.maximum(high - low, 1e-8)
+    zero = np.round(scale * low) + half
+    return (np.clip(np.round(scale * x - zero), -half, half - 1) + zero) / scale

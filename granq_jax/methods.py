@@ -1,0 +1,42 @@
+"""Methods of zero-shot quantization beside GranQ, as settings of the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from granq_jax.quant.spec import check_choice
+
+_KEPT_RANGES: Mapping[str, Any] = {"quant.act_granularity": "tensor", "quant.act_ranges": "moving_average"}
+
+METHODS: dict[str, Mapping[str, Any]] = {
+    # The losses of AdaDFQ, a range for each (sample, channel), measured anew on each input.
+    "granq": {},
+    # Qian et al., CVPR 2023: one range an activation, a moving average frozen after the warm-up.
+    "adadfq": _KEPT_RANGES,
+    # Xu et al., ECCV 2020.
+    "gdfq": {**_KEPT_RANGES, "loss.objective": "gdfq", "loss.gamma": 0.1},
+    # Hong et al., ACM SAC 2025: AdaDFQ and the distillation of feature maps.
+    "akt": {**_KEPT_RANGES, "loss.attention": 1000.0},
+    # Nothing is trained but the generator, whose images give the ranges: those of the warm-up.
+    "calibration": {**_KEPT_RANGES, "student.lr": 0.0},
+}
+
+
+def set_method(config: ConfigDict, method: str) -> None:
+    """Gives ``config`` the settings in which ``method`` differs from GranQ, which every config begins as.
+
+    Raises:
+      ValueError: if there is no such method.
+
+    Example:
+      >>> from granq_jax import load_config
+      >>> config = load_config("cifar10_w3a3")
+      >>> set_method(config, "gdfq")
+      >>> config.quant.act_ranges, config.loss.objective
+      ('moving_average', 'gdfq')
+    """
+    check_choice("method", method, METHODS)
+    config.update_from_flattened_dict(METHODS[method])
