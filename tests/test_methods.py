@@ -37,7 +37,9 @@ def test_an_unknown_method_is_refused():
 
 def test_the_command_takes_a_method_and_what_is_said_beside_it_wins(tmp_path, monkeypatch, capsys):
     seen = {}
-    monkeypatch.setitem(main.__globals__["MODES"], "train", lambda config, workdir, **_: seen.update(flat(config)) or {})
+    monkeypatch.setitem(
+        main.__globals__["MODES"], "train", lambda config, workdir, **_: seen.update(flat(config)) or {}
+    )
     arguments = ["--config", "digits_w3a3", "--workdir", str(tmp_path / "run"), "--compilation-cache=off"]
     assert main([*arguments, "--method", "gdfq", "--config.loss.gamma=0.5"]) == 0
     assert (seen["loss.objective"], seen["loss.gamma"], seen["quant.act_ranges"]) == ("gdfq", 0.5, "moving_average")
@@ -94,5 +96,5 @@ def test_a_run_goes_on_is_evaluated_and_exported(tmp_path, method):
 def test_calibration_leaves_the_weights_alone(tmp_path):
     config, _ = run(tmp_path, "calibration")
     config.teacher = str(tmp_path / "teacher.safetensors")
-    teacher = load_teacher(config, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, student_of(config, tmp_path)["params"], jax.device_get(teacher)["params"])
+    teacher = jax.device_get(load_teacher(config, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, student_of(config, tmp_path)["params"], teacher["params"])

@@ -82,6 +82,7 @@ def digits():
     return trainer, jax.device_get(teacher)
 
 
+@pytest.mark.slow
 def test_the_student_descends_its_whole_loss(x64, digits):
     trainer, teacher = digits
     trainer = dataclasses.replace(trainer, dtype=jnp.float64)
@@ -110,6 +111,7 @@ def test_the_student_descends_its_whole_loss(x64, digits):
         np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-9 * float(jnp.abs(theirs).max()) + 1e-14)
 
 
+@pytest.mark.slow
 def test_ranges_move_in_the_warm_up_alone(digits):
     trainer, teacher = digits
     state = trainer.init(teacher)

@@ -61,7 +61,7 @@ def moved(average: jax.Array, batch: jax.Array) -> jax.Array:
 
 def codes_within(x: jax.Array, within: jax.Array, bits: int) -> QuantizedArray:
     """The codes of ``x`` where the range is given; what lies outside takes the nearest code."""
-    group = affine_within(*within, bits)
+    group = affine_within(within[0], within[1], bits)
     codes = affine_codes(x.astype(group.step.dtype), group.scale, group.zero_point, bits)
     return QuantizedArray(codes.astype(jnp.int8), *group, bits)
 
@@ -78,7 +78,7 @@ def fake_quant_within(x: jax.Array, within: jax.Array, bits: int) -> jax.Array:
       >>> fake_quant_within(x, jnp.array([[[0.0]], [[3.0]]]), 2).tolist()
       [[0.0, 1.0, 2.0, 3.0]]
     """
-    group = affine_within(*within, bits)
+    group = affine_within(within[0], within[1], bits)
     codes = affine_codes(x.astype(group.step.dtype), group.scale, group.zero_point, bits)
     return affine_values(codes, group.step, group.zero_point).astype(x.dtype)
 

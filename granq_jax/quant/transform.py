@@ -229,7 +229,7 @@ class QuantizedModel:
 
     def _range(self, module: nn.Module, x: jax.Array, granularity: str) -> jax.Array:
         """The moving average to quantize the activation of ``module`` with, moved first where it may be."""
-        average = module.get_variable(RANGES, "act")
+        average: jax.Array | None = module.get_variable(RANGES, "act")
         moves = module.is_mutable_collection(RANGES)
         if average is not None and not moves:
             return average
