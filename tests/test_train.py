@@ -31,6 +31,7 @@ RESULT = {
     *("dataset", "eval_examples", "network", "weight_bits", "act_bits", "weight_granularity", "act_granularity"),
     *("teacher_top1", "student_top1_before", "student_top1", "best_top1", "best_step", "steps", "seconds_per_step"),
     *("compile_seconds", "peak_rss_mb", "seed", "devices", "versions", "effective_weight_bits"),
+    *("effective_act_bits", "storage_bytes", "activation_bytes"),
 }
 TRAIN_LINE = ["step", "epoch", "loss_g", "loss_s", "hinge", "onehot", "bns", "lr_g", "lr_s", "seconds"]
 

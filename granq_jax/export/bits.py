@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from granq_jax.quant.spec import check_bits
-from granq_jax.quant.weights import packed_bytes
+from granq_jax.quant.storage import packed_bytes
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

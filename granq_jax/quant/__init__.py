@@ -8,12 +8,14 @@ from granq_jax.quant.ranges import RANGES as RANGES
 from granq_jax.quant.spec import QuantSpec as QuantSpec
 from granq_jax.quant.spec import in_full_precision as in_full_precision
 from granq_jax.quant.spec import without_weights as without_weights
+from granq_jax.quant.storage import ActivationStorage as ActivationStorage
+from granq_jax.quant.storage import activation_storage as activation_storage
+from granq_jax.quant.storage import effective_bits as effective_bits
+from granq_jax.quant.storage import effective_weight_bits as effective_weight_bits
+from granq_jax.quant.storage import storage_bytes as storage_bytes
 from granq_jax.quant.transform import Observation as Observation
 from granq_jax.quant.transform import QuantizedModel as QuantizedModel
 from granq_jax.quant.transform import Site as Site
 from granq_jax.quant.transform import quantize as quantize
-from granq_jax.quant.weights import effective_bits as effective_bits
-from granq_jax.quant.weights import effective_weight_bits as effective_weight_bits
 from granq_jax.quant.weights import quantize_params as quantize_params
-from granq_jax.quant.weights import storage_bytes as storage_bytes
 from granq_jax.quant.weights import weight_paths as weight_paths

@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
-from granq_jax.quant.affine import quantize_codes
+from granq_jax.quant import integer
+from granq_jax.quant.affine import QuantizedArray, quantize_codes
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
 from granq_jax.quant.ranges import RANGES, codes_within, empty, fake_quant_within, measured, moved
 from granq_jax.quant.spec import QuantSpec, check_choice, in_full_precision
-from granq_jax.quant.weights import effective_bits, quantize_params, weight_paths
+from granq_jax.quant.storage import effective_bits
+from granq_jax.quant.weights import quantize_params, weight_paths
 
+ARITHMETICS = ("float", "integer")
 OPERAND_MODULES = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 
 
@@ -73,6 +76,7 @@ class QuantizedModel:
     spec: QuantSpec
     impl: str = "auto"
     axis_name: str | None = None
+    arithmetic: str = "float"
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """The float model's own ``init``: both models share one variable tree."""
@@ -144,9 +148,9 @@ class QuantizedModel:
           >>> weight.site.kind, weight.code_counts.sum().item()
           ('weight', 6)
         """
-        in_full = dataclasses.replace(self, spec=in_full_precision(self.spec), impl="xla")
+        in_full = dataclasses.replace(self, spec=in_full_precision(self.spec), impl="xla", arithmetic="float")
         _, teachers = in_full._apply(teacher, args, kwargs)
-        _, students = dataclasses.replace(self, impl="xla")._apply(variables, args, kwargs)
+        _, students = dataclasses.replace(self, impl="xla", arithmetic="float")._apply(variables, args, kwargs)
         teachers_weights, weights = weight_paths(teacher["params"]), weight_paths(variables["params"])
         return tuple(
             [self._observation(path, "weight", x, None, teachers_weights[path]) for path, x in weights.items()]
@@ -175,6 +179,7 @@ class QuantizedModel:
     def _apply(self, variables, args, kwargs):
         """The model's outputs, and the activations that were met."""
         activations: list[_Activation] = []
+        codes: dict[int, QuantizedArray] = {}  # of activations, by the identity of the array they stand for
         matched_modules: set[str | type] = set()
 
         def quantized(module, x):
@@ -188,8 +193,29 @@ class QuantizedModel:
                 y = fake_quant(
                     x, bits=site.act_bits, granularity=site.act_granularity, impl=self.impl, axis_name=self.axis_name
                 )
-            activations.append(_Activation(path, x, y, within))
+            on_integers = self.arithmetic == "integer" and site.act_granularity in integer.ACT_GRANULARITIES
+            if on_integers and site.act_bits is not None:
+                codes[id(y)] = (
+                    quantize_codes(x, bits=site.act_bits, granularity=site.act_granularity, impl="xla")
+                    if within is None
+                    else codes_within(x, within, site.act_bits)
+                )
+            activations.append(_Activation(path, x, y, within))  # which keeps it, and so its identity
             return y
+
+        def on_codes(module, x):
+            """The output of a layer on codes, or ``None`` where there are none or it does not work on them."""
+            path = "/".join(module.path)
+            site = self.spec.at(path)
+            kernel = weights.get(path)
+            if id(x) not in codes or kernel is None or site.weight_bits is None:
+                return None
+            if site.weight_granularity not in integer.WEIGHT_GRANULARITIES:
+                return None
+            w = quantize_codes(kernel, bits=site.weight_bits, granularity=site.weight_granularity, impl="xla")
+            if not integer.can_be_summed(module, w, codes[id(x)].bits):
+                return None
+            return integer.integer_layer(module, codes[id(x)], w).astype(x.dtype)
 
         def interceptor(next_call, call_args, call_kwargs, context):
             module = context.module
@@ -198,9 +224,13 @@ class QuantizedModel:
             if self.spec.placement == "operand":
                 if not isinstance(module, OPERAND_MODULES):
                     return next_call(*call_args, **call_kwargs)
-                if call_args:
-                    return next_call(quantized(module, call_args[0]), *call_args[1:], **call_kwargs)
-                return next_call(**{**call_kwargs, "inputs": quantized(module, call_kwargs["inputs"])})
+                x = quantized(module, call_args[0] if call_args else call_kwargs.pop("inputs"))
+                y = on_codes(module, x)
+                return next_call(x, *call_args[1:], **call_kwargs) if y is None else y
+            if isinstance(module, OPERAND_MODULES) and codes:
+                y = on_codes(module, call_args[0] if call_args else call_kwargs["inputs"])
+                if y is not None:
+                    return y
             named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
             matched_modules.update(named)
             fusible = type(module) in (NormAct, Activation) and not named and self.impl != "xla"
@@ -221,6 +251,7 @@ class QuantizedModel:
             outputs = next_call(*call_args, **call_kwargs)
             return quantized(module, outputs) if named or isinstance(module, Activation) else outputs
 
+        weights = weight_paths(variables["params"])
         quantized_params = quantize_params(variables["params"], self.spec, self.impl)
         with nn.intercept_methods(interceptor):
             outputs = self.model.apply({**variables, "params": quantized_params}, *args, **kwargs)
@@ -262,7 +293,14 @@ class QuantizedModel:
         self.spec.check_overrides_match(weights, [activation.path for activation in activations])
 
 
-def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name: str | None = None) -> QuantizedModel:
+def quantize(
+    model: nn.Module,
+    spec: QuantSpec,
+    *,
+    impl: str = "auto",
+    axis_name: str | None = None,
+    arithmetic: str = "float",
+) -> QuantizedModel:
     """A quantized view of ``model``: same variables, same call, quantized weights and activations.
 
     With ``placement="activation"`` the outputs of activation modules are quantized, once, whatever
@@ -275,6 +313,9 @@ def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name
       spec: what to quantize and how.
       impl: how ``fake_quant`` is computed, see :func:`granq_jax.fake_quant`.
       axis_name: mapped axis that splits the batch, for ranges that several samples share.
+      arithmetic: ``"float"``, or ``"integer"``: convolutions and dense layers whose input and weight are
+        quantized compute on integer codes and accumulate in int32 (:mod:`granq_jax.quant.integer`). For
+        inference: it has no gradient.
 
     Returns:
       An object with ``apply``, ``init``, ``sites`` and ``observe``.
@@ -299,7 +340,19 @@ def quantize(model: nn.Module, spec: QuantSpec, *, impl: str = "auto", axis_name
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
     check_choice("impl", impl, IMPLEMENTATIONS)
-    return QuantizedModel(model, spec, impl, axis_name)
+    check_choice("arithmetic", arithmetic, ARITHMETICS)
+    if arithmetic == "integer":
+        for field, allowed in (
+            ("act_granularity", integer.ACT_GRANULARITIES),
+            ("weight_granularity", integer.WEIGHT_GRANULARITIES),
+        ):
+            if getattr(spec, field) not in allowed:
+                raise ValueError(
+                    f"QuantSpec.{field}: got {getattr(spec, field)!r} with arithmetic='integer', whose ranges must not "
+                    f"depend on what is summed over; allowed are {', '.join(map(repr, allowed))}"
+                )
+        impl = "xla"
+    return QuantizedModel(model, spec, impl, axis_name, arithmetic)
 
 
 class _Activation(NamedTuple):

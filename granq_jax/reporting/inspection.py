@@ -10,7 +10,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from granq_jax.quant import Observation, quantize, storage_bytes
+from granq_jax.quant import ActivationStorage, Observation, activation_storage, quantize, storage_bytes
 from granq_jax.quant.weights import weight_paths
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
 
@@ -29,6 +29,7 @@ class Inspection(NamedTuple):
       others: parameters that are no weights, and stay in full precision: (arrays, numbers in them) by
         name.
       storage: see :func:`granq_jax.quant.storage_bytes`.
+      activation_storage: see :func:`granq_jax.quant.activation_storage`.
     """
 
     images: np.ndarray
@@ -36,6 +37,7 @@ class Inspection(NamedTuple):
     observations: tuple[Observation, ...]
     others: dict[str, tuple[int, int]]
     storage: dict[str, int]
+    activation_storage: ActivationStorage
 
 
 def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], Inspection]:
@@ -69,6 +71,9 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
             observations,
             _other_parameters(state.student["params"]),
             storage_bytes(state.student, trainer.spec),
+            activation_storage(
+                [(o.site.path, o.site.shape) for o in observations if o.site.kind == "activation"], trainer.spec
+            ),
         )
 
     return look

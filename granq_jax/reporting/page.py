@@ -188,9 +188,10 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     storage = run.inspection.storage
     small = sum(value for key, value in storage.items() if key != "teacher")
     tiles.append(("Storage", size(small), f"codes packed; {size(storage['teacher'])} in float32"))
-    bits = run.result.get("effective_weight_bits")
-    effective = _UNKNOWN if bits is None else f"{bits:.2f}"
-    tiles.append(("Effective bits a weight", effective, "scales and zero points counted"))
+    of_activations = run.inspection.activation_storage.effective_bits
+    for what, bits in (("a weight", run.result.get("effective_weight_bits")), ("an activation", of_activations)):
+        effective = _UNKNOWN if bits is None else f"{bits:.2f}"
+        tiles.append((f"Effective bits {what}", effective, "scales and zero points counted"))
     seconds = run.result.get("seconds_per_step")
     tiles.append(("Seconds a step", _UNKNOWN if seconds is None else f"{seconds:.3f}", "median, compiling left out"))
     return tiles

@@ -107,6 +107,9 @@ def test_what_stays_in_full_precision_is_said(made, page):
     outputs = sum(int(row[1].split(" ")[-1]) for row in page.tables["Weights"][1:])
     assert sizes[:3] == [weights * 3 // 8, 4 * outputs, 4 * outputs]
     assert sizes[4] == 4 * weights + sizes[3]
+    shapes = [[int(n) for n in row[1].split(" \u00d7 ")] for row in page.tables["Activations"][1:]]
+    elements, channels = sum(int(np.prod(shape)) for shape in shapes), sum(shape[-1] for shape in shapes)
+    assert sizes[5:] == [elements * 3 // 8, 4 * channels, 4 * channels, 0, 4 * elements]
 
 
 def test_images_are_the_generators_by_class(made, page):

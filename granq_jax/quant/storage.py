@@ -1,0 +1,129 @@
+"""What quantized arrays take: codes packed at their width, a float32 scale and zero point for each range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from granq_jax.quant.spec import QuantSpec, kept_axes
+from granq_jax.quant.weights import weight_paths
+
+SCALE_AND_ZERO_POINT_BITS = 2 * 32
+
+
+def effective_bits(shape: tuple[int, ...], bits: int, granularity: str) -> float:
+    """Bits an element of an array costs once a float32 scale and zero point a range are counted.
+
+    Example:
+      >>> round(effective_bits((3, 3, 16, 16), 3, "out_channel"), 2)  # 3 + 64 / 144
+      3.44
+      >>> round(effective_bits((3, 3, 16, 16), 3, "kernel"), 2)  # 3 + 64 / 9
+      10.11
+    """
+    return bits + SCALE_AND_ZERO_POINT_BITS * _ranges(shape, granularity) / float(np.prod(shape, dtype=np.int64))
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes take, packed and filled up to a whole one."""
+    return -(-count * bits // 8)
+
+
+def effective_weight_bits(params: Mapping[str, Any], spec: QuantSpec) -> float | None:
+    """Mean of :func:`effective_bits` over all elements of the quantized weights; ``None`` if none is."""
+    bits = elements = 0.0
+    for path, leaf in weight_paths(params).items():
+        site = spec.at(path)
+        if site.weight_bits is not None:
+            bits += leaf.size * effective_bits(leaf.shape, site.weight_bits, site.weight_granularity)
+            elements += leaf.size
+    return bits / elements if elements else None
+
+
+def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, int]:
+    """Bytes that a quantized model's variables take, with codes packed and all else in float32.
+
+    Args:
+      variables: of the model, all collections.
+      spec: how its weights are quantized.
+
+    Returns:
+      ``weight_codes`` (each array filled up to whole bytes), ``weight_scales``,
+      ``weight_zero_points``, ``full_precision`` (all other variables), and ``teacher``: everything in
+      float32.
+
+    Example:
+      >>> import numpy as np
+      >>> head = {"kernel": np.ones((4, 3)), "bias": np.ones(3)}
+      >>> storage_bytes({"params": {"head": head}}, QuantSpec(weight_bits=3))["weight_codes"]  # 36 bits
+      5
+    """
+    elements = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    codes = ranges = quantized = 0
+    for path, leaf in weight_paths(variables["params"]).items():
+        site = spec.at(path)
+        if site.weight_bits is not None:
+            codes += packed_bytes(leaf.size, site.weight_bits)
+            ranges += _ranges(leaf.shape, site.weight_granularity)
+            quantized += leaf.size
+    return {
+        "weight_codes": codes,
+        "weight_scales": 4 * ranges,
+        "weight_zero_points": 4 * ranges,
+        "full_precision": 4 * (elements - quantized),
+        "teacher": 4 * elements,
+    }
+
+
+class ActivationStorage(NamedTuple):
+    """What the activations of one image take.
+
+    Attributes:
+      effective_bits: of a quantized element, scales and zero points counted; ``None`` if none is quantized.
+      bytes: ``codes`` (each activation filled up to whole bytes), ``scales`` and ``zero_points``, measured on the
+        image (ranges that are kept are in the variables), ``full_precision`` (activations that are not
+        quantized), and ``float32``: all of them in float32.
+    """
+
+    effective_bits: float | None
+    bytes: dict[str, int]
+
+
+def activation_storage(shapes: Iterable[tuple[str, tuple[int, ...]]], spec: QuantSpec) -> ActivationStorage:
+    """What the activations of one image take, each written once.
+
+    Args:
+      shapes: path and shape (N, ...) of each activation; of N images, one is counted.
+      spec: how they are quantized.
+
+    Example:
+      >>> stored = activation_storage([("act", (2, 4, 4, 3))], QuantSpec(act_bits=3))
+      >>> stored.bytes["codes"], stored.bytes["scales"], stored.effective_bits
+      (18, 12, 7.0)
+    """
+    codes = ranges = quantized = elements = 0
+    for path, shape in shapes:
+        site = spec.at(path)
+        one = (1, *shape[1:])
+        size = int(np.prod(one, dtype=np.int64))
+        elements += size
+        if site.act_bits is not None:
+            quantized += size
+            codes += packed_bytes(size, site.act_bits)
+            ranges += _ranges(one, site.act_granularity) if site.act_ranges == "dynamic" else 0
+    return ActivationStorage(
+        8 * (codes + 8 * ranges) / quantized if quantized else None,
+        {
+            "codes": codes,
+            "scales": 4 * ranges,
+            "zero_points": 4 * ranges,
+            "full_precision": 4 * (elements - quantized),
+            "float32": 4 * elements,
+        },
+    )
+
+
+def _ranges(shape: tuple[int, ...], granularity: str) -> int:
+    return int(np.prod([shape[axis] for axis in kept_axes(granularity, len(shape))], dtype=np.int64))
