@@ -208,7 +208,7 @@ def _digest(arrays: Any, notes: Mapping[str, Any]) -> str:
 def digest(variables: Any) -> str:
     """SHA-256 of a pytree's names, dtypes, shapes and values.
 
-    Example:
+    Examples:
       >>> digest({"a": np.zeros(2)}) == digest({"a": np.zeros(2)})
       True
     """

@@ -69,7 +69,7 @@ def increasing_epochs() -> Check:
 def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
     """Raises a ``ValueError`` that names the first attribute of ``owner`` that is not allowed.
 
-    Example:
+    Examples:
       >>> import types
       >>> check_fields(types.SimpleNamespace(bits=1), {"bits": whole(2, 8)})
       Traceback (most recent call last):

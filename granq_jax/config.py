@@ -43,7 +43,7 @@ def default_config() -> ConfigDict:
 
     A config file takes these and sets what differs.
 
-    Example:
+    Examples:
       >>> default_config().quant.weight_bits
       3
     """
@@ -127,7 +127,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
     Raises:
       ValueError: if there is none of that name; it lists those there are.
 
-    Example:
+    Examples:
       >>> config = load_config("cifar10_w4a4")
       >>> config.quant.weight_bits, config.network
       (4, 'resnet20_cifar10')
@@ -244,7 +244,7 @@ def check_setting_exists(key: str) -> None:
 def check_config(config: ConfigDict) -> None:
     """Raises a ``ValueError`` that names the first setting that is not allowed.
 
-    Example:
+    Examples:
       >>> config = default_config()
       >>> config.quant.weight_bits = 9
       >>> check_config(config)

@@ -46,7 +46,7 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     Raises:
       ValueError: if the data set cannot be had. The message says what to do.
 
-    Example:
+    Examples:
       >>> split = load_split("digits", "test")
       >>> len(split), split.images.shape, split.images.dtype
       (360, (360, 8, 8, 1), dtype('uint8'))

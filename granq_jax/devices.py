@@ -21,7 +21,7 @@ def sample_index(batch_size: int, devices: Sequence[jax.Device], field: str = "b
     Raises:
       ValueError: if the batch does not divide evenly; it names ``field`` and sizes that do.
 
-    Example:
+    Examples:
       >>> import jax
       >>> sample_index(4, jax.devices()[:1]).tolist()
       [[0, 1, 2, 3]]

@@ -151,7 +151,7 @@ def check_teacher_of_run(config: ConfigDict, workdir: Path) -> None:
 def percentages(subject: str, accuracy: Accuracy | None, suffix: str = "") -> dict[str, float | None]:
     """The fields of a result that say how accurate ``subject`` is; ``None`` if it was not evaluated.
 
-    Example:
+    Examples:
       >>> percentages("teacher", Accuracy(91.7, 99.6))
       {'teacher_top1': 91.7, 'teacher_top5': 99.6}
     """

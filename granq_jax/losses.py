@@ -22,7 +22,7 @@ _MIN_ENTROPY_SPAN = 1e-6
 def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     """H(softmax(logits / temperature)) of every row: (N, C) to (N,).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> round(float(entropy(jnp.zeros((1, 4)))[0]), 4)  # log 4
       1.3863

@@ -31,7 +31,7 @@ def set_method(config: ConfigDict, method: str) -> None:
     Raises:
       ValueError: if there is no such method.
 
-    Example:
+    Examples:
       >>> from granq_jax import load_config
       >>> config = load_config("cifar10_w3a3")
       >>> set_method(config, "gdfq")

@@ -94,7 +94,7 @@ def student_loss(
 def feature_maps(activations: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """The last activation (N, H, W, C) of each resolution: of a ResNet, the outputs of its stages.
 
-    Example:
+    Examples:
       >>> sizes = (8, 8, 4, 4, 2)
       >>> [x.shape for x in feature_maps([jnp.zeros((1, size, size, i)) for i, size in enumerate(sizes)])]
       [(1, 8, 8, 1), (1, 4, 4, 3), (1, 2, 2, 4)]

@@ -87,7 +87,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
 def is_first() -> bool:
     """Whether this is process 0, which alone reads and writes a run's files and reports.
 
-    Example:
+    Examples:
       >>> is_first()
       True
     """
@@ -97,7 +97,7 @@ def is_first() -> bool:
 def check_alike(settings: Mapping[str, Any]) -> None:
     """Raises a ``ValueError``, in every process, that names the first setting not alike in all of them.
 
-    Example:
+    Examples:
       >>> check_alike({"config.seed": 0})
     """
     counts = [sum(device.process_index == p for device in jax.devices()) for p in range(jax.process_count())]
@@ -122,7 +122,7 @@ def together() -> Iterator[None]:
     well, the error names the process; it is a ``ValueError`` if the input is wrong, or a
     :class:`~granq_jax.stopping.RunError`.
 
-    Example:
+    Examples:
       >>> with together():
       ...     pass
     """
@@ -147,7 +147,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     Raises:
       Exception: what ``make`` raises, as :func:`together` does.
 
-    Example:
+    Examples:
       >>> from_first(lambda: {"step": 3})
       {'step': 3}
     """

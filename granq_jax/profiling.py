@@ -135,7 +135,7 @@ def costliest(events: Iterable[dict[str, Any]], sources: dict[str, str] | None =
       events: of a trace. Those of XLA operations name one in ``args.hlo_op``; others are left out.
       sources: where an operation of that name comes from.
 
-    Example:
+    Examples:
       >>> loop = {"ph": "X", "pid": 1, "tid": 1, "ts": 0.0, "dur": 9.0, "args": {"hlo_op": "while.1"}}
       >>> dot = {"ph": "X", "pid": 1, "tid": 1, "ts": 1.0, "dur": 6.0, "args": {"hlo_op": "dot.2"}}
       >>> [(op.name, round(1e6 * op.seconds)) for op in costliest([loop, dot])]

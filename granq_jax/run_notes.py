@@ -48,7 +48,7 @@ class RunNotes:
     def from_json(cls, notes: dict[str, Any]) -> RunNotes:
         """The inverse of :meth:`to_json`.
 
-        Example:
+        Examples:
           >>> notes = RunNotes(teacher="0", evaluations={20: Accuracy(91.0, 99.5)})
           >>> RunNotes.from_json(notes.to_json()) == notes
           True

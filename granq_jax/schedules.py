@@ -21,7 +21,7 @@ def step_decay(
     Returns:
       A function from the optimizer's count to the rate.
 
-    Example:
+    Examples:
       >>> rate = step_decay(1.0, (2, 3), steps_per_epoch=10)
       >>> [round(float(rate(step)), 6) for step in (0, 19, 20, 29, 30)]
       [1.0, 1.0, 0.1, 0.1, 0.01]

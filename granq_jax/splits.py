@@ -180,7 +180,7 @@ def batches(
 def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
     """``items``, made by another thread, ``count`` of them ahead of the one that is used.
 
-    Example:
+    Examples:
       >>> list(ahead(range(4)))
       [0, 1, 2, 3]
     """
@@ -195,7 +195,7 @@ def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
 def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     """The centre of ``image``, ``size`` pixels high and wide, after its shorter side became size / 0.875.
 
-    Example:
+    Examples:
       >>> centre_crop(PIL.Image.new("RGB", (640, 480)), 224).size
       (224, 224)
     """

@@ -68,7 +68,7 @@ def interruptible(interruption: Interruption | None = None) -> Iterator[Interrup
 
     Outside the main thread nothing changes, since signals come to that one.
 
-    Example:
+    Examples:
       >>> try:
       ...     with interruptible() as interruption, interruption.held_back():
       ...         signal.raise_signal(signal.SIGTERM)

@@ -59,7 +59,7 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
         torchvision's names for resnet50, whose strides lie elsewhere: that one is resnet50b.
       FileNotFoundError: if there is no such file.
 
-    Example:
+    Examples:
       >>> load_torch("resnet20_cifar10", {"output.bias": [0.0] * 10})
       Traceback (most recent call last):
       ...
@@ -87,7 +87,7 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
 def torch_name(name: str, path: tuple[str, ...], zoo: str = "pytorchcv") -> str:
     """The name that a zoo gives to the variable at ``path`` (its collection first) of network ``name``.
 
-    Example:
+    Examples:
       >>> path = ("params", "stage1", "unit2", "conv1", "norm", "bn", "scale")
       >>> torch_name("resnet18", path), torch_name("resnet18", path, "torchvision")
       ('features.stage1.unit2.body.conv1.bn.weight', 'layer1.1.bn1.weight')

@@ -29,7 +29,7 @@ OBJECTIVES = ("adadfq", "gdfq")
 def evaluation_mode(model: nn.Module) -> dict[str, Any]:
     """``{"train": False}`` for models whose call takes ``train``, nothing for others.
 
-    Example:
+    Examples:
       >>> evaluation_mode(nn.Dense(3))
       {}
     """

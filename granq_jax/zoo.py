@@ -38,7 +38,7 @@ class Checkpoint:
       sha1: of the ``.pth`` file, unzipped.
       release: tag of the release it is attached to.
 
-    Example:
+    Examples:
       >>> CHECKPOINTS["resnet18"].file
       'resnet18-0982-0126861b.pth'
       >>> CHECKPOINTS["resnet18"].url
@@ -93,7 +93,7 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
       ConnectionError: if it could not be downloaded, in few redirects that all stay with ``https``.
         What has arrived is kept, unless it is more than any checkpoint has.
 
-    Example:
+    Examples:
       >>> fetch("resnet19")
       Traceback (most recent call last):
       ...

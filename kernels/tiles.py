@@ -77,7 +77,7 @@ class Tiling:
     def tiles(self) -> tuple[tuple[int, int], ...]:
         """(first pixel, pixels) of the tiles that no loop covers; the last may reach past the end.
 
-        Example:
+        Examples:
           >>> Tiling(pixels=49, channels=64, columns=64, warps=2).tiles
           ((0, 32), (32, 16), (48, 1))
         """
@@ -119,7 +119,7 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
       itemsize: of what is read.
       written_itemsize: of what is written, if it is another.
 
-    Example:
+    Examples:
       >>> tiling(16, 7 * 7, 960, 4)
       Tiling(pixels=49, channels=960, columns=64, warps=2, rows=0)
       >>> tiling(16, 112 * 112, 64, 4)

@@ -25,7 +25,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
       TypeError: if ``codes`` are not int8 or ``bits`` not an integer.
       ValueError: if ``bits`` or a code is outside its range.
 
-    Example:
+    Examples:
       >>> pack(np.array([-4, -3, 3], np.int8), 3).tolist()  # 0 + 1 << 3 + 7 << 6
       [200, 1]
     """
@@ -46,7 +46,7 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
       TypeError: if ``bits`` is not an integer.
       ValueError: if ``bits`` is outside its range, or ``packed`` is not what such codes take.
 
-    Example:
+    Examples:
       >>> unpack(np.array([200, 1], np.uint8), 3, (3,)).tolist()
       [-4, -3, 3]
     """

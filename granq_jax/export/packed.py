@@ -93,7 +93,7 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
     Raises:
       ValueError: if a weight holds NaN or infinity.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> variables = {"params": {"head": {"kernel": np.linspace(-1, 1, 300, dtype=np.float32).reshape(100, 3)}}}
       >>> path = Path(tempfile.mkdtemp()) / "head.safetensors"

@@ -55,7 +55,7 @@ def export_program(
     Raises:
       ValueError: if a weight holds NaN or infinity, or ``impl="pallas"`` is asked for with a free batch size.
 
-    Example:
+    Examples:
       >>> model, shape = nn.Sequential([nn.Conv(2, (3, 3)), lambda x: x.mean((1, 2))]), (8, 8, 1)
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, *shape)))
       >>> exported = export_program(model, QuantSpec(placement="operand"), variables, shape)

@@ -52,7 +52,7 @@ def convolve(
       side by side, and a sum of its parts, each shifted.
     - On CPUs, the gradient to the kernel is the sum of those of small parts of the batch.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), (1, 1), "VALID")[0, :, :, 0].tolist()
       [[18.0, 18.0], [18.0, 18.0]]

@@ -120,7 +120,7 @@ class Generator(nn.Module):
     Raises:
       ValueError: for an ``image_size`` or ``channels`` that is not allowed.
 
-    Example:
+    Examples:
       >>> import jax
       >>> z, labels = jax.numpy.ones((2, 100)), jax.numpy.array([0, 7])
       >>> generator = Generator(classes=10, image_size=8, channels=1)

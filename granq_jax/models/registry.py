@@ -53,7 +53,7 @@ def create_model(name: str) -> nn.Module:
     Raises:
       ValueError: for a name that is not registered; it lists those that are.
 
-    Example:
+    Examples:
       >>> create_model("resnet20_cifar10").classes
       10
     """

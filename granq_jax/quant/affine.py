@@ -145,7 +145,7 @@ def quantize_codes(
     Raises:
       TypeError, ValueError: for a dtype, bit width or granularity that is not allowed.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> q = quantize_codes(jnp.array([[0.0, 1.0, 2.0, 3.0]]), bits=2)
       >>> q.codes.tolist(), q.scale.shape, dequantize(q).tolist()

@@ -76,7 +76,7 @@ def fake_quant(
       TypeError: if ``x`` is not floating point or ``bits`` not an integer.
       ValueError: for any other value that is not allowed, naming it.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> fake_quant(jnp.array([[0.0, 0.9, 2.2, 3.0]]), bits=2).tolist()
       [[0.0, 1.0, 2.0, 3.0]]

@@ -29,7 +29,7 @@ DECAY = 0.9
 def measured(x: jax.Array, granularity: str, axis_name: str | None = None) -> jax.Array:
     """The ranges of an activation, over all devices where ``axis_name`` splits the batch.
 
-    Example:
+    Examples:
       >>> measured(jnp.array([[1.0, 2.0], [3.0, 0.0]]), "channel").tolist()
       [[[1.0, 0.0]], [[3.0, 2.0]]]
     """
@@ -49,7 +49,7 @@ def empty(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
 def moved(average: jax.Array, batch: jax.Array) -> jax.Array:
     """The moving average after one more batch.
 
-    Example:
+    Examples:
       >>> tens = jnp.array([[0.0], [10.0]])
       >>> first = moved(empty(tens.shape, tens.dtype), tens)
       >>> first.tolist(), moved(first, 0 * tens).tolist()
@@ -73,7 +73,7 @@ def fake_quant_within(x: jax.Array, within: jax.Array, bits: int) -> jax.Array:
     What lies outside becomes the nearest level. The gradient is the identity in ``x``, outside the range
     too, as in the code of GDFQ.
 
-    Example:
+    Examples:
       >>> x = jnp.array([[-1.0, 0.9, 2.2, 9.0]])
       >>> fake_quant_within(x, jnp.array([[[0.0]], [[3.0]]]), 2).tolist()
       [[0.0, 1.0, 2.0, 3.0]]

@@ -60,7 +60,7 @@ def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
     Raises:
       ValueError: for an unknown granularity or an array of fewer than two dimensions.
 
-    Example:
+    Examples:
       >>> kept_axes("sample_channel", 4), kept_axes("kernel", 4), kept_axes("kernel", 2)
       ((0, 3), (2, 3), (1,))
     """
@@ -104,7 +104,7 @@ class QuantSpec:
     Raises:
       ValueError or TypeError: at construction, naming the field, what was given and what is allowed.
 
-    Example:
+    Examples:
       >>> spec = QuantSpec(weight_bits=3, act_bits=3, overrides=((r"^stem/", dict(weight_bits=8)),))
       >>> spec.at("stem/conv").weight_bits, spec.at("stage1/unit1/conv1/conv").weight_bits
       (8, 3)
@@ -168,7 +168,7 @@ def in_full_precision(spec: QuantSpec) -> QuantSpec:
 def without_weights(spec: QuantSpec) -> QuantSpec:
     """``spec`` for a model whose weights are quantized already: its activations alone.
 
-    Example:
+    Examples:
       >>> without_weights(QuantSpec(overrides=((r"^stem/", dict(weight_bits=8, act_bits=8)),))).overrides
       (('^stem/', (('act_bits', 8),)),)
     """

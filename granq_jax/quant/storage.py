@@ -17,7 +17,7 @@ SCALE_AND_ZERO_POINT_BITS = 2 * 32
 def effective_bits(shape: tuple[int, ...], bits: int, granularity: str) -> float:
     """Bits an element of an array costs once a float32 scale and zero point a range are counted.
 
-    Example:
+    Examples:
       >>> round(effective_bits((3, 3, 16, 16), 3, "out_channel"), 2)  # 3 + 64 / 144
       3.44
       >>> round(effective_bits((3, 3, 16, 16), 3, "kernel"), 2)  # 3 + 64 / 9
@@ -54,7 +54,7 @@ def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, in
       ``weight_zero_points``, ``full_precision`` (all other variables), and ``teacher``: everything in
       float32.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> head = {"kernel": np.ones((4, 3)), "bias": np.ones(3)}
       >>> storage_bytes({"params": {"head": head}}, QuantSpec(weight_bits=3))["weight_codes"]  # 36 bits
@@ -98,7 +98,7 @@ def activation_storage(shapes: Iterable[tuple[str, tuple[int, ...]]], spec: Quan
       shapes: path and shape (N, ...) of each activation; of N images, one is counted.
       spec: how they are quantized.
 
-    Example:
+    Examples:
       >>> stored = activation_storage([("act", (2, 4, 4, 3))], QuantSpec(act_bits=3))
       >>> stored.bytes["codes"], stored.bytes["scales"], stored.effective_bits
       (18, 12, 7.0)

@@ -139,7 +139,7 @@ class QuantizedModel:
           An :class:`Observation` for each of ``sites``, in the same order: weights, then activations
           as the model comes to them. May be jitted.
 
-        Example:
+        Examples:
           >>> import jax, flax.linen as nn
           >>> model, x = nn.Dense(2), jax.numpy.ones((1, 3))
           >>> variables = model.init(jax.random.key(0), x)
@@ -324,7 +324,7 @@ def quantize(
       TypeError: if ``model`` is not a linen module or ``spec`` not a ``QuantSpec``.
       ValueError: for an ``impl`` that is not allowed.
 
-    Example:
+    Examples:
       >>> import jax, flax.linen as nn
       >>> model = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Conv(2, (3, 3))])
       >>> x = jax.numpy.ones((1, 8, 8, 3))

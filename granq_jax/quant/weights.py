@@ -19,7 +19,7 @@ from granq_jax.quant.spec import QuantSpec
 def weight_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a parameter tree by the ``/``-joined path of the module that owns them.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> list(weight_paths({"head": {"kernel": np.ones((4, 2)), "bias": np.ones(2)}}))
       ['head']
@@ -41,7 +41,7 @@ def quantize_params(params: Mapping[str, Any], spec: QuantSpec, impl: str = "aut
     Returns:
       A tree of the same structure, shapes and dtypes.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> params = {"head": {"kernel": np.array([[0.0], [0.9], [2.2], [3.0]], np.float32)}}
       >>> quantize_params(params, QuantSpec(weight_bits=2))["head"]["kernel"].ravel().tolist()

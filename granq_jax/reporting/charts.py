@@ -69,7 +69,7 @@ def line_chart(
       levels: names and heights of horizontal lines.
       shade_until: the part of the x axis that is set apart.
 
-    Example:
+    Examples:
       >>> chart = line_chart("loss", [("a", [(0, 1.0), (10, 3.0)])])
       >>> [tick.label for tick in chart.y_ticks], chart.curves[0].path
       (['1.0', '1.5', '2.0', '2.5', '3.0'], 'M50 194L350 10')
@@ -136,7 +136,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 def _labels(ticks: Sequence[float]) -> list[str]:
     """What is written at ``ticks``: as many digits as tell them apart.
 
-    Example:
+    Examples:
       >>> _labels([-921.0, -920.5]), _labels([0, 20000]), _labels([0.0, 5e-05])
       (['-921.0', '-920.5'], ['0', '20000'], ['0', '5e-05'])
     """
@@ -151,7 +151,7 @@ def _labels(ticks: Sequence[float]) -> list[str]:
 def shares(counts: Sequence[int]) -> list[float]:
     """Percent of the whole that each count is.
 
-    Example:
+    Examples:
       >>> shares([1, 3])
       [25.0, 75.0]
     """
@@ -162,7 +162,7 @@ def shares(counts: Sequence[int]) -> list[float]:
 def neighbours(counts: Sequence[int], most: int) -> list[int]:
     """Counts added up in groups of neighbours, so that there are at most ``most``.
 
-    Example:
+    Examples:
       >>> neighbours([1, 2, 3, 4], 2)
       [3, 7]
     """

@@ -102,7 +102,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
 def title_of(config: ConfigDict) -> str:
     """What was done, in a line.
 
-    Example:
+    Examples:
       >>> title_of(default_config())
       'resnet20_cifar10 · W3A3'
     """
@@ -145,7 +145,7 @@ def strip(run: RunRecord, images: np.ndarray) -> str:
 def image_grid(pixels: np.ndarray) -> np.ndarray:
     """Images (rows, columns, H, W, C) as one (H', W', C), a pixel apart, large ones made smaller.
 
-    Example:
+    Examples:
       >>> image_grid(np.zeros((2, 3, 8, 8, 1), np.uint8)).shape
       (17, 26, 1)
     """
@@ -200,7 +200,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
 def size(count: int) -> str:
     """Bytes for people.
 
-    Example:
+    Examples:
       >>> size(999), size(123456), size(44_700_000)
       ('999 B', '123 kB', '44.7 MB')
     """
