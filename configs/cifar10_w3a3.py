@@ -5,7 +5,7 @@
 Published top-1 at these bits, teacher 93.89 (SynQ, ICLR 2025, Table 1; other teachers and runs than
 these): GDFQ 75.11, Qimera 74.43, IntraQ 77.07, AdaDFQ 84.89, HAST 86.34, TexQ 86.47, PLF 88.04,
 SynQ 88.11.
-Measured here: 86.20 after 24 of the 200 epochs, teacher 91.61 (seed 0, commit 9cbc873; see README.md).
+Measured here: 86.20 after 24 of the 200 epochs, teacher 91.61 (seed 0, commit 9cbc873; see docs/results.md).
 All 200: not yet measured.
 """
 
