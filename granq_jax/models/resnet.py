@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.models.layers import ConvNormAct
+from granq_jax.models.pooling import max_pool
 
 
 class BasicUnit(nn.Module):
@@ -101,7 +102,7 @@ class ResNet(nn.Module):
         """Logits (N, classes) of normalised images (N, H, W, C)."""
         if self.large_images:
             x = ConvNormAct(self.stem_width, 7, 2, name="stem")(images, train=train)
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         else:
             x = ConvNormAct(self.stem_width, name="stem")(images, train=train)
         for i, (units, width) in enumerate(zip(self.units, self.widths, strict=True)):
