@@ -39,7 +39,7 @@ def _taps_of(padded, tap, shape):
 
 def _backward(kept, cotangent):
     first, shape = kept
-    total = 0.0
+    total = jnp.zeros(shape, cotangent.dtype)
     for tap in range(WINDOW * WINDOW):
         share = jnp.where(first == tap, cotangent, 0)
         config = [(0, 0, 0)]
