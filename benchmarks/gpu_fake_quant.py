@@ -36,8 +36,10 @@ def xla_form(case):
         return lambda x: codes.reference(x, BITS)
 
     def fused(x, *rest):
-        operands = dict(zip(case.operands, rest, strict=True))
-        return sample_channel.reference(x, BITS, activation=case.activation, **operands)
+        rest = list(rest)
+        norm = rest.pop(0) if case.norm else None
+        residual = rest.pop(0) if case.residual else None
+        return sample_channel.reference(x, BITS, norm=norm, residual=residual, activation=case.activation)
 
     return fused
 

@@ -25,22 +25,16 @@ def reference(
     *,
     norm: jax.Array | None = None,
     residual: jax.Array | None = None,
-    residual_norm: jax.Array | None = None,
     activation: str | None = None,
 ) -> jax.Array:
     """What :func:`fake_quant` computes, in plain ``jax.numpy``."""
     half, axes = 2 ** (bits - 1), tuple(range(1, x.ndim - 1))
-
-    def normed(x, norm):
-        x = x.astype(jnp.float32)
-        if norm is None:
-            return x
+    v = x.astype(jnp.float32)
+    if norm is not None:
         factor, shift = (jnp.expand_dims(row, tuple(range(x.ndim - 1))) for row in norm)
-        return x * factor + shift
-
-    v = normed(x, norm)
+        v = v * factor + shift
     if residual is not None:
-        v = v + normed(residual, residual_norm)
+        v = v + residual.astype(jnp.float32)
     v = activate(v, activation)
     low, high = jnp.min(v, axes, keepdims=True), jnp.max(v, axes, keepdims=True)
     scale = (2**bits - 1) / jnp.maximum(high - low, MIN_RANGE)
@@ -55,19 +49,17 @@ def fake_quant(
     *,
     norm: jax.Array | None = None,
     residual: jax.Array | None = None,
-    residual_norm: jax.Array | None = None,
     activation: str | None = None,
     interpret: bool = False,
     name: str = NAME,
 ) -> jax.Array:
-    """Fake quantization of ``activation(norm(x) + residual_norm(residual))``, each part of which may be missing.
+    """Fake quantization of ``activation(norm(x) + residual)``, each part of which may be missing.
 
     Args:
       x: (N, ..., C) of any size; float32, bfloat16 or float16. The arithmetic is in float32.
       bits: 2 to 8.
       norm: factor and shift of every channel, (2, C) float32: a batch norm that is not training.
       residual: of the shape and dtype of ``x``.
-      residual_norm: of the residual, like ``norm``.
       activation: ``"relu"`` or ``"relu6"``.
       interpret: run by Pallas' interpreter, on any platform, instead of compiled for a GPU.
       name: of the kernel, in programs and profiles.
@@ -77,13 +69,12 @@ def fake_quant(
     """
     samples, pixels, channels = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
     tiles = tiling(samples, pixels, channels, x.dtype.itemsize)
-    summands = [(x, norm)] if residual is None else [(x, norm), (residual, residual_norm)]
-    maps = [array.reshape(samples, pixels, channels) for array, _ in summands]
-    norms = [norm for _, norm in summands if norm is not None]
+    maps = [x] if residual is None else [x, residual]
+    norms = [] if norm is None else [norm]
     block = pl.BlockSpec((None, tiles.padded_pixels, tiles.columns), lambda sample, block: (sample, 0, block))
     pair = pl.BlockSpec((2, tiles.columns), lambda sample, block: (0, block))
     y = pl.pallas_call(
-        partial(_kernel, bits=bits, tiles=tiles, normed=[n is not None for _, n in summands], activation=activation),
+        partial(_kernel, bits=bits, tiles=tiles, maps=len(maps), activation=activation),
         out_shape=jax.ShapeDtypeStruct((samples, pixels, channels), x.dtype),
         grid=(samples, tiles.blocks),
         in_specs=[block] * len(maps) + [pair] * len(norms),
@@ -91,7 +82,7 @@ def fake_quant(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
         name=name,
-    )(*maps, *norms)
+    )(*(a.reshape(samples, pixels, channels) for a in maps), *norms)
     return y.reshape(x.shape)
 
 
@@ -104,22 +95,19 @@ def activate(v: jax.Array, activation: str | None) -> jax.Array:
     return v
 
 
-def _kernel(*refs, bits: int, tiles: Tiling, normed: list[bool], activation: str | None):
+def _kernel(*refs, bits: int, tiles: Tiling, maps: int, activation: str | None):
     *in_refs, y_ref = refs
+    x_ref, *residual_refs = in_refs[:maps]
     block = Block(tiles)
-    map_refs, pairs = in_refs[: len(normed)], iter(in_refs[len(normed) :])
-    norms = [block.load_pair(next(pairs)) if there else None for there in normed]
-
-    def summand(place, ref, norm):
-        v = place.load(ref)
-        if norm is None:
-            return v
-        factor, shift = norm
-        return v * factor[None, :] + shift[None, :]
+    norms = [block.load_pair(ref) for ref in in_refs[maps:]]
 
     def read(place):
-        first, *rest = (summand(place, ref, norm) for ref, norm in zip(map_refs, norms, strict=True))
-        return activate(sum(rest, first), activation)
+        v = place.load(x_ref)
+        for factor, shift in norms:
+            v = v * factor[None, :] + shift[None, :]
+        for residual_ref in residual_refs:
+            v = v + place.load(residual_ref)
+        return activate(v, activation)
 
     def write(place, codes, scale, zero):
         place.store(y_ref, (codes + zero) / scale)

@@ -44,7 +44,6 @@ class Case:
       dtype: name of its dtype.
       norm: whether a batch norm is fused.
       residual: whether a residual sum is.
-      residual_norm: whether the batch norm of its shortcut is.
       activation: which one is.
     """
 
@@ -53,20 +52,13 @@ class Case:
     dtype: str
     norm: bool = False
     residual: bool = False
-    residual_norm: bool = False
     activation: str | None = None
 
     @property
     def name(self) -> str:
         """The kernel with what is fused into it."""
-        residual = ["residual + norm" if self.residual_norm else "residual"] * self.residual
-        parts = ["norm"] * self.norm + residual + [self.activation] * bool(self.activation)
+        parts = ["norm"] * self.norm + ["residual"] * self.residual + [self.activation] * bool(self.activation)
         return " + ".join([*map(str, parts), self.what])
-
-    @property
-    def operands(self) -> list[str]:
-        """Names of what is fused and has arrays of its own, in the order of the arguments."""
-        return [name for name in ("norm", "residual", "residual_norm") if getattr(self, name)]
 
     @property
     def array(self) -> tuple[int, int, int]:
@@ -91,7 +83,7 @@ class Case:
         elements = samples * pixels * channels
         if self.what == "quantize":
             return elements * (self.itemsize + 1) + samples * channels * 8
-        return elements * self.itemsize * (3 if self.residual else 2) + 8 * channels * (self.norm + self.residual_norm)
+        return elements * self.itemsize * (3 if self.residual else 2) + (8 * channels if self.norm else 0)
 
     def vector_bytes(self, itemsize: int) -> int:
         """Of one array of such elements, how much can be accessed by vectors of 16 bytes.
@@ -112,14 +104,13 @@ class Case:
             return partial(out_channel.fake_quant, bits=BITS), [x]
         if self.what == "quantize":
             return partial(codes.quantize, bits=BITS), [x]
-        pair = jax.ShapeDtypeStruct((2, self.shape[-1]), jnp.float32)
-        arguments = {"norm": pair, "residual": x, "residual_norm": pair}
+        names = ["norm"] * self.norm + ["residual"] * self.residual
+        arguments = {"norm": jax.ShapeDtypeStruct((2, self.shape[-1]), jnp.float32), "residual": x}
 
         def fused(x, *rest):
-            operands = dict(zip(self.operands, rest, strict=True))
-            return sample_channel.fake_quant(x, BITS, activation=self.activation, **operands)
+            return sample_channel.fake_quant(x, BITS, activation=self.activation, **dict(zip(names, rest, strict=True)))
 
-        return fused, [x, *(arguments[name] for name in self.operands)]
+        return fused, [x, *(arguments[name] for name in names)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,25 +170,19 @@ def _cases_of(network: str, image_size: int, batch: int) -> Iterator[Case]:
     model = create_model(network)
     images = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    epilogues: dict[tuple[tuple[int, ...], bool, bool, str], None] = {}
-    shortcuts = []
+    epilogues: dict[tuple[tuple[int, ...], bool, str], None] = {}
 
     def note(next_call, args, kwargs, context):
-        module, outputs = context.module, next_call(*args, **kwargs)
-        if isinstance(module, NormAct) and context.method_name == "__call__":
-            residual = args[1] if len(args) > 1 else None
-            if module.activation is None:
-                shortcuts.append(outputs)
-            else:
-                normed = any(residual is shortcut for shortcut in shortcuts)
-                epilogues[args[0].shape, residual is not None, normed, module.activation] = None
-        return outputs
+        module = context.module
+        if isinstance(module, NormAct) and context.method_name == "__call__" and module.activation:
+            epilogues[args[0].shape, len(args) > 1 and args[1] is not None, module.activation] = None
+        return next_call(*args, **kwargs)
 
     with nn.intercept_methods(note):
         jax.eval_shape(model.apply, variables, images)
     for dtype in (jnp.dtype(dtype).name for dtype in DTYPES):
-        for shape, residual, normed, activation in epilogues:
-            yield Case("fake_quant", shape, dtype, True, residual, normed, activation)
+        for shape, residual, activation in epilogues:
+            yield Case("fake_quant", shape, dtype, norm=True, residual=residual, activation=activation)
             yield Case("fake_quant", shape, dtype, activation=activation)
             yield Case("fake_quant", shape, dtype)
             yield Case("quantize", shape, dtype)

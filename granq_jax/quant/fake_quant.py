@@ -85,7 +85,7 @@ def fake_quant(
     check_bits("bits", bits)
     check_choice("impl", impl, IMPLEMENTATIONS)
     batch_is_shared = 0 not in kept_axes(granularity, x.ndim)
-    return _fake_quant(_How(bits, granularity, impl, axis_name if batch_is_shared else None), x, None, None, None)
+    return _fake_quant(_How(bits, granularity, impl, axis_name if batch_is_shared else None), x, None, None)
 
 
 def norm_act_fake_quant(
@@ -94,13 +94,10 @@ def norm_act_fake_quant(
     bits: int,
     norm: FrozenNorm | None = None,
     residual: jax.Array | None = None,
-    residual_norm: FrozenNorm | None = None,
     activation: str | None = None,
     impl: str = "auto",
 ) -> jax.Array:
-    """``fake_quant(activation(norm(x) + residual_norm(residual)))``; each part may be missing.
-
-    Ranges are those of ``"sample_channel"``.
+    """``fake_quant(activation(norm(x) + residual))`` with ``"sample_channel"`` ranges; each part may be missing.
 
     On a GPU that is one launch: a read of ``x`` and ``residual``, and a write. The gradient is that of the
     float function before the quantizer, computed anew from ``x`` and ``residual``: the output does not tell
@@ -111,76 +108,60 @@ def norm_act_fake_quant(
       bits: 2 to 8.
       norm: of the dtype of ``x``, or float32.
       residual: of the shape and dtype of ``x``.
-      residual_norm: of the residual: a shortcut with a convolution and a norm, like ``norm``.
       activation: a key of :data:`granq_jax.models.layers.ACTIVATIONS`.
       impl: see :func:`fake_quant`.
     """
-    return _fake_quant(_How(bits, "sample_channel", impl, activation=activation), x, norm, residual, residual_norm)
+    return _fake_quant(_How(bits, "sample_channel", impl, activation=activation), x, norm, residual)
 
 
-def _before(x, norm, residual, residual_norm, activation):
+def _before(x, norm, residual, activation):
     """What comes before the quantizer, in the arithmetic of the layers that it stands for."""
-    x = _normed(x, norm)
+    dtype = x.dtype
+    if norm is not None:
+        mean, factor, bias = (jnp.expand_dims(number, tuple(range(x.ndim - 1))) for number in norm)
+        x = ((x - mean) * factor + bias).astype(dtype)
     if residual is not None:
-        x = x + _normed(residual, residual_norm)
+        x = x + residual
     return x if activation is None else ACTIVATIONS[activation](x)
 
 
-def _normed(x, norm):
-    if norm is None:
-        return x
-    mean, factor, bias = (jnp.expand_dims(number, tuple(range(x.ndim - 1))) for number in norm)
-    return ((x - mean) * factor + bias).astype(x.dtype)
-
-
-def _by_xla(x, norm, residual, residual_norm, *, how):
+def _by_xla(x, norm, residual, *, how):
     def one_group(x):
         scale, step, zero_point = affine(x, how.bits, how.axis_name)
         return affine_values(affine_codes(x, scale, zero_point, how.bits), step, zero_point)
 
-    x = _before(x, norm, residual, residual_norm, how.activation)
+    x = _before(x, norm, residual, how.activation)
     return over_groups(one_group, how.granularity, x.ndim)(x.astype(compute_dtype(x.dtype))).astype(x.dtype)
 
 
-def _by_kernel(x, norm, residual, residual_norm, *, how, interpret):
+def _by_kernel(x, norm, residual, *, how, interpret):
     if how.granularity == "out_channel":
         return out_channel.fake_quant(x, how.bits, interpret=interpret)
-
-    def factor_and_shift(norm):
-        if norm is None:
-            return None
-        return jnp.stack([norm.factor, norm.bias - norm.mean * norm.factor]).astype(jnp.float32)
-
+    if norm is not None:
+        norm = jnp.stack([norm.factor, norm.bias - norm.mean * norm.factor]).astype(jnp.float32)
     return sample_channel.fake_quant(
-        x,
-        how.bits,
-        norm=factor_and_shift(norm),
-        residual=residual,
-        residual_norm=factor_and_shift(residual_norm),
-        activation=how.activation,
-        interpret=interpret,
+        x, how.bits, norm=norm, residual=residual, activation=how.activation, interpret=interpret
     )
 
 
-def _forward(how, *operands):
-    impl = how.impl if has_kernel(operands[0], how.granularity) else "xla"
-    return dispatch(impl, partial(_by_xla, how=how), partial(_by_kernel, how=how), *operands)
+def _forward(how, x, norm, residual):
+    impl = how.impl if has_kernel(x, how.granularity) else "xla"
+    return dispatch(impl, partial(_by_xla, how=how), partial(_by_kernel, how=how), x, norm, residual)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(how, x, norm, residual, residual_norm):
-    return _forward(how, x, norm, residual, residual_norm)
+def _straight_through(how, x, norm, residual):
+    return _forward(how, x, norm, residual)
 
 
-def _straight_through_forward(how, x, norm, residual, residual_norm):
-    operands = (x, norm, residual, residual_norm)
+def _straight_through_forward(how, x, norm, residual):
     nothing_before = norm is None and residual is None and how.activation is None
-    return _forward(how, *operands), None if nothing_before else operands
+    return _forward(how, x, norm, residual), None if nothing_before else (x, norm, residual)
 
 
 def _straight_through_backward(how, saved, cotangent):
     if saved is None:
-        return cotangent, None, None, None
+        return cotangent, None, None
     _, pull_back = jax.vjp(partial(_before, activation=how.activation), *saved)
     return pull_back(cotangent)
 

@@ -180,7 +180,6 @@ class QuantizedModel:
         """The model's outputs, and the activations that were met."""
         activations: list[_Activation] = []
         codes: dict[int, QuantizedArray] = {}  # of activations, by the identity of the array they stand for
-        shortcuts: dict[int, _Epilogue] = {}  # norms without activation, by the identity of their output
         matched_modules: set[str | type] = set()
 
         def quantized(module, x):
@@ -236,28 +235,21 @@ class QuantizedModel:
             matched_modules.update(named)
             fusible = type(module) in (NormAct, Activation) and not named and self.impl != "xla"
             epilogue = _epilogue(module, *call_args, **call_kwargs) if fusible else None
-            if epilogue is not None and epilogue.activation is not None:
-                shortcut = shortcuts.get(id(epilogue.residual))
-                residual, residual_norm = (epilogue.residual, None) if shortcut is None else (shortcut.x, shortcut.norm)
+            if epilogue is not None:
                 site = self.spec.at(epilogue.path)
                 if site.act_bits is not None and has_kernel(epilogue.x, site.act_granularity):
                     y = norm_act_fake_quant(
                         epilogue.x,
                         bits=site.act_bits,
                         norm=epilogue.norm,
-                        residual=residual,
-                        residual_norm=residual_norm,
+                        residual=epilogue.residual,
                         activation=epilogue.activation,
                         impl=self.impl,
                     )
                     activations.append(_Activation(epilogue.path, epilogue.x, y, None))
                     return y
             outputs = next_call(*call_args, **call_kwargs)
-            if named or isinstance(module, Activation):
-                return quantized(module, outputs)
-            if epilogue is not None and epilogue.activation is None and epilogue.residual is None:
-                shortcuts[id(outputs)] = epilogue._replace(output=outputs)
-            return outputs
+            return quantized(module, outputs) if named or isinstance(module, Activation) else outputs
 
         weights = weight_paths(variables["params"])
         quantized_params = quantize_params(variables["params"], self.spec, self.impl)
@@ -380,28 +372,26 @@ class _Activation(NamedTuple):
 
 
 class _Epilogue(NamedTuple):
-    """The call of a norm or activation or both, taken apart for one kernel to do it all.
+    """The call of a module that ends in an activation, taken apart for one kernel to do it all.
 
     Attributes:
       path: of the :class:`Activation`.
-      output: of the call, where there is no activation and it was made, which keeps its identity.
     """
 
     path: str
     x: jax.Array
     norm: FrozenNorm | None
     residual: jax.Array | None
-    activation: str | None
-    output: jax.Array | None = None
+    activation: str
 
 
 def _epilogue(
     module: NormAct | Activation, x: jax.Array, residual: jax.Array | None = None, *, train: bool = False
 ) -> _Epilogue | None:
-    """``None`` in training, and if the dtype would change."""
+    """``None`` without an activation, in training, and if the dtype would change."""
     if isinstance(module, Activation):
         return _Epilogue("/".join(module.path), x, None, None, module.kind)
-    if train:
+    if module.activation is None or train:
         return None
     params, statistics = module.variables["params"]["bn"], module.variables["batch_stats"]["bn"]
     if jnp.result_type(x, params["scale"], params["bias"]) != x.dtype:
