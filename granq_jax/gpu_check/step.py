@@ -54,7 +54,7 @@ class StepRow:
             f"{self.kernels.unfused} activations quantized without the kernel": self.kernels.unfused > 0,
             f"moves {self.ratio:.2f} of XLA's bytes at the activations": self.ratio > MAX_SITES_RATIO,
             "takes {} bytes of temporary memory, XLA's form {}".format(*self.temporary_bytes): (
-                self.temporary_bytes[0] > self.temporary_bytes[1]
+                self.count == 1 and self.temporary_bytes[0] > self.temporary_bytes[1]
             ),
         }
         return [fault for fault, holds in checks.items() if holds]
