@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +27,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from granq_jax.config import flat, load_config
+from granq_jax.record import write_text
 
 ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "results" / "table.csv", ROOT / "docs" / "results.md"
@@ -94,10 +98,11 @@ def add_row(row: dict[str, Any]) -> None:
     with filelock.FileLock(f"{TABLE}.lock"):
         kept = rows() | {row["name"]: {key: v if isinstance(v, str) else json.dumps(v) for key, v in row.items()}}
         columns = list(dict.fromkeys(key for r in kept.values() for key in r))
-        with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept.values())
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept.values())
+        write_text(TABLE, text.getvalue())
 
 
 def run(cell: Cell, places: dict[str, str], workdirs: Path, deadline: float) -> bool:
@@ -110,11 +115,12 @@ def run(cell: Cell, places: dict[str, str], workdirs: Path, deadline: float) -> 
     commits.write_text(json.dumps(started))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        status = process.wait(max(deadline - time.monotonic(), 0))
+        status = process.wait(min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
     except subprocess.TimeoutExpired:
         process.terminate()  # it completes its step and writes a checkpoint
-        process.wait()
-        return False
+        if process.wait() in (128 + signal.SIGTERM, -signal.SIGTERM):
+            return False
+        status = process.returncode
     if status:
         raise SystemExit(f"{cell.name}: the run ended with status {status}")
     result = json.loads((workdir / "result.json").read_text())
@@ -204,6 +210,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which a run is broken off")
     options = parser.parse_args()
     cells = [cell for cell in grid() if options.only is None or cell.name in options.only]
+    if unknown := set(options.only or ()) - {cell.name for cell in cells}:
+        parser.error(f"--only: got {', '.join(sorted(unknown))}, allowed are the names that `list` prints")
     if options.action == "render":
         return render()
     deadline = time.monotonic() + 60 * options.minutes
@@ -212,7 +220,7 @@ def main() -> None:
         done = rows().get(cell.name)
         if options.action == "list":
             print(f"{cell.name}: {'to do' if done is None else done['student_top1']}")
-        elif done is None and not run(cell, places, options.workdirs, deadline):
+        elif done is None and (time.monotonic() > deadline or not run(cell, places, options.workdirs, deadline)):
             return print(f"{cell.name} goes on when this is started again")
 
 

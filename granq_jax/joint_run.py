@@ -96,7 +96,7 @@ def zero_shot_quantize(
 ) -> Variables:
     """Quantizes any Flax classifier without data and returns the student's variables.
 
-    They have the structure of the teacher's and are used with
+    They have the structure of the teacher's, but for activation ranges that are kept, and are used with
     ``quantize(trainer.model, trainer.spec).apply``.
 
     Args:

@@ -9,24 +9,30 @@ from ml_collections import ConfigDict
 
 from granq_jax.quant.spec import check_choice
 
-_KEPT_RANGES: Mapping[str, Any] = {"quant.act_granularity": "tensor", "quant.act_ranges": "moving_average"}
+_GRANQ: Mapping[str, Any] = {
+    "quant.act_granularity": "sample_channel",
+    "quant.act_ranges": "dynamic",
+    "loss.objective": "adadfq",
+    "loss.attention": 0.0,
+}
+_ADADFQ: Mapping[str, Any] = {**_GRANQ, "quant.act_granularity": "tensor", "quant.act_ranges": "moving_average"}
 
 METHODS: dict[str, Mapping[str, Any]] = {
     # The losses of AdaDFQ, a range for each (sample, channel), measured anew on each input.
-    "granq": {},
+    "granq": _GRANQ,
     # Qian et al., CVPR 2023: one range an activation, a moving average frozen after the warm-up.
-    "adadfq": _KEPT_RANGES,
+    "adadfq": _ADADFQ,
     # Xu et al., ECCV 2020.
-    "gdfq": {**_KEPT_RANGES, "loss.objective": "gdfq", "loss.gamma": 0.1},
+    "gdfq": {**_ADADFQ, "loss.objective": "gdfq", "loss.gamma": 0.1},
     # Hong et al., ACM SAC 2025: AdaDFQ and the distillation of feature maps.
-    "akt": {**_KEPT_RANGES, "loss.attention": 1000.0},
+    "akt": {**_ADADFQ, "loss.attention": 1000.0},
     # Nothing is trained but the generator, whose images give the ranges: those of the warm-up.
-    "calibration": {**_KEPT_RANGES, "student.lr": 0.0},
+    "calibration": {**_ADADFQ, "student.lr": 0.0},
 }
 
 
 def set_method(config: ConfigDict, method: str) -> None:
-    """Gives ``config`` the settings in which ``method`` differs from GranQ, which every config begins as.
+    """Gives ``config`` the settings of ``method``; all others stay as they are.
 
     Raises:
       ValueError: if there is no such method.

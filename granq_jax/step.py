@@ -117,8 +117,12 @@ def update(
         variables = {**state.generator, "params": params}
         return generator.apply(variables, z, labels, mutable=["batch_stats"])
 
+    def maps_of(activations):
+        return feature_maps(activations) if trainer.losses.attention else ()
+
     def run_teacher(images):
-        return apply_with_moments(in_full, teacher, images, axis_name)
+        outputs, activations = apply_with_moments(in_full, teacher, images, axis_name)
+        return outputs, maps_of(activations)
 
     def run_student(params, images):
         variables = {**state.student, "params": params}
@@ -126,10 +130,10 @@ def update(
             variables, images, **evaluation_mode(trainer.model), mutable=moving
         )
         logits, ranges = outputs if moving else (outputs, {})
-        return (logits, feature_maps(activations) if trainer.losses.attention else ()), ranges
+        return (logits, maps_of(activations)), ranges
 
     images, pull_generator, generator_stats = jax.vjp(make_images, state.generator["params"], has_aux=True)
-    (t, moments), pull_teacher, activations = jax.vjp(run_teacher, images, has_aux=True)
+    (t, moments), pull_teacher, teacher_maps = jax.vjp(run_teacher, images, has_aux=True)
     (s, maps), pull_student, ranges = jax.vjp(run_student, state.student["params"], images, has_aux=True)
     if t.shape != (len(labels), generator.classes):
         raise ValueError(
@@ -145,7 +149,7 @@ def update(
     to_images = to_images + pull_student((to_s, jax.tree.map(jnp.zeros_like, maps)))[1]
 
     value_s, to_student = jax.value_and_grad(
-        lambda s, maps: student_loss(trainer.losses, t, s, labels, feature_maps(activations), maps, axis_name),
+        lambda s, maps: student_loss(trainer.losses, t, s, labels, teacher_maps, maps, axis_name),
         argnums=(0, 1),
     )(s, maps)
     metrics = {"loss_g": value_g, "loss_s": value_s, **terms}
@@ -157,6 +161,7 @@ def update(
     # Every device's loss is the mean over its own samples, and a collective in a forward pass
     # carries cotangents from all devices: the mean of the gradients is that of the mean loss.
     generator_grads, student_grads, metrics = _mean_over_devices((generator_grads, student_grads, metrics), axis_name)
+    # Parameters change when nothing reads them any more: then XLA need not copy them first.
     generator_grads, student_grads = jax.lax.optimization_barrier((generator_grads, student_grads))
     generator_params, generator_opt = _apply_gradients(
         trainer.generator_optimizer, generator_grads, state.generator["params"], state.generator_opt

@@ -17,7 +17,7 @@ import optax
 from granq_jax import schedules
 from granq_jax.checks import betas, check_fields, increasing_epochs, real, whole
 from granq_jax.models.generator import Generator
-from granq_jax.quant import QuantSpec, quantize
+from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import check_choice
 
@@ -80,12 +80,8 @@ class OptimizerSettings:
 class LossSettings:
     """The losses, and the weights of their terms.
 
-    ==========  ===================================================  =======================
-    objective   L_G                                                  L_S
-    ==========  ===================================================  =======================
-    ``adadfq``  hinge + beta (alpha_ds ds + alpha_as as) + gamma BNS distillation + attention
-    ``gdfq``    beta CE(t, y) + gamma BNS                            label distillation + attention
-    ==========  ===================================================  =======================
+    - ``"adadfq"``: L_G = hinge + beta (alpha_ds ds + alpha_as as) + gamma BNS, L_S = distillation + attention;
+    - ``"gdfq"``: L_G = beta CE(t, y) + gamma BNS, L_S = label distillation + attention.
 
     Attributes:
       objective: ``"adadfq"``, which GranQ trains with too, or ``"gdfq"``; see :mod:`granq_jax.losses`.
@@ -230,9 +226,8 @@ class Trainer:
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
         generator = jax.jit(self.generator.init)(key, z, labels)
         student = jax.tree.map(jnp.copy, flax.core.unfreeze(dict(teacher)))
-        size, channels = self.generator.image_size, self.generator.channels
-        images = jnp.zeros((2, size, size, channels), self.dtype)
-        student |= quantize(self.model, self.spec).empty_ranges(student, images, **evaluation_mode(self.model))
+        if self.spec.act_ranges == "moving_average":
+            student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             generator=generator,
@@ -240,3 +235,16 @@ class Trainer:
             generator_opt=self.generator_optimizer.init(generator["params"]),
             student_opt=self.student_optimizer.init(student["params"]),
         )
+
+    def _first_ranges(self, generator: Variables, student: Variables, key: jax.Array) -> Variables:
+        """Where the moving averages begin: ranges on images of the generator as it is, by their collection's name."""
+        quantized = quantize(self.model, self.spec)
+
+        @jax.jit
+        def ranges(generator, student):
+            z = jax.random.normal(key, (self.batch_size, self.latent), self.dtype)
+            labels = jnp.arange(self.batch_size) % self.generator.classes
+            images, _ = self.generator.apply(generator, z, labels, mutable=["batch_stats"])
+            return quantized.apply(student, images, **evaluation_mode(self.model), mutable=[RANGES])[1]
+
+        return ranges(generator, student)

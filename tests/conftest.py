@@ -1,5 +1,7 @@
 import contextlib
+import importlib
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -39,3 +41,10 @@ def one_line_error(error, *words):
     assert "\n" not in message
     for word in words:
         assert word in message, (word, message)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The module ``benchmarks/table.py``."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("table")

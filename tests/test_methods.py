@@ -30,6 +30,17 @@ def test_every_config_takes_every_method():
             make_trainer(config)
 
 
+@pytest.mark.parametrize("before", METHODS)
+def test_a_method_takes_the_place_of_another(before):
+    for method in METHODS:
+        config, fresh = load_config("cifar10_w3a3"), load_config("cifar10_w3a3")
+        set_method(config, before)
+        config.loss.gamma, config.student.lr = 1.0, 1e-4  # what a method leaves to the config
+        for one in (config, fresh):
+            set_method(one, method)
+        assert dict(flat(config)) == dict(flat(fresh))
+
+
 def test_an_unknown_method_is_refused():
     with one_line_error(ValueError, "method", "'dfq'", "'granq'", "'akt'"):
         set_method(load_config("digits_w3a3"), "dfq")
@@ -70,7 +81,7 @@ def student_of(config, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gdfq", "akt"])  # both objectives, kept ranges, and attention
+@pytest.mark.parametrize("method", ["granq", "gdfq", "akt"])
 def test_a_run_goes_on_is_evaluated_and_exported(tmp_path, method):
     config, whole = run(tmp_path / "whole", method)
     assert whole["act_ranges"] == config.quant.act_ranges

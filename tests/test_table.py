@@ -1,23 +1,10 @@
 """The results table: its cells can be run, and its rows come back as they were written."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
 
 from granq_jax import load_config
 from granq_jax.config import check_config, default_config, flat
 from granq_jax.methods import set_method
-
-
-@pytest.fixture
-def table(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import table
-
-    yield table
-    del sys.modules["table"]
 
 
 def test_every_cell_is_a_run_that_is_allowed(table):

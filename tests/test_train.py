@@ -63,10 +63,10 @@ def finished(tmp_path_factory):
     return workdir, train_and_evaluate(tiny_config(), workdir)
 
 
-def test_the_result(finished):
+def test_the_result(finished, table):
     workdir, result = finished
     assert json.loads((workdir / "result.json").read_text()) == result
-    assert result.keys() >= RESULT
+    assert result.keys() >= RESULT | set(table.MEASURED)
     assert (result["steps"], result["eval_examples"], result["best_step"] % 4) == (12, 360, 0)
     for subject in ("teacher_{}", "student_{}_before", "student_{}"):
         assert 0 <= result[subject.format("top1")] <= result[subject.format("top5")] <= 100

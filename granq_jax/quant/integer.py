@@ -103,16 +103,21 @@ def put_together(sums: Sums, x: QuantizedArray, w: QuantizedArray) -> jax.Array:
     return x.step * w_step * whole
 
 
-def can_be_summed(module: nn.Module, w: QuantizedArray, x_bits: int) -> bool:
-    """Whether a layer is a convolution or product that this computes, with sums that fit in int32."""
+def can_be_summed(module: nn.Module, w: QuantizedArray, x: QuantizedArray) -> bool:
+    """Whether a layer is a convolution or product that this computes, with sums that fit in int32.
+
+    A class derived from these may compute something else, and a convolution takes batches of any rank.
+    """
     taps = int(np.prod(w.codes.shape[:-1]))
-    if taps * 2 ** (x_bits - 1) * 2 ** (w.bits - 1) > _LARGEST:
+    if taps * 2 ** (x.bits - 1) * 2 ** (w.bits - 1) > _LARGEST:
         return False
-    if isinstance(module, nn.Conv):
+    if type(module) is nn.Conv:
+        if x.codes.ndim != w.codes.ndim:
+            return False
         dilated = module.input_dilation not in (1, None) and set(np.ravel(module.input_dilation)) != {1}
         named = isinstance(module.padding, str) and module.padding not in ("SAME", "VALID")
         return not dilated and not named and module.mask is None
-    return isinstance(module, nn.Dense)
+    return type(module) is nn.Dense
 
 
 def integer_layer(module: Any, x: QuantizedArray, w: QuantizedArray) -> jax.Array:
@@ -139,6 +144,19 @@ def integer_layer(module: Any, x: QuantizedArray, w: QuantizedArray) -> jax.Arra
     if module.use_bias:
         y = y + module.get_variable("params", "bias").reshape((1,) * (y.ndim - 1) + (-1,))
     return y
+
+
+@jax.custom_vjp
+def without_gradient(y: jax.Array, *inputs: jax.Array) -> jax.Array:
+    """``y``; to ask for its gradient, or that of the ``inputs`` it was made of, is an error."""
+    return y
+
+
+def _no_gradient(*_: Any) -> Any:
+    raise TypeError("arithmetic='integer' is for inference and has no gradient; quantize with arithmetic='float'")
+
+
+without_gradient.defvjp(_no_gradient, _no_gradient)
 
 
 def _padding(padding: Any, axes: int) -> str | list[tuple[int, int]]:

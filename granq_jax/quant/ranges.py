@@ -1,10 +1,10 @@
 """Activation ranges that are kept: a moving average of those measured, frozen before it is used.
 
-With the range (l, h) of each batch and decay d = 0.9, the average starts at the first batch's range and
-goes on as ``low = d low + (1 - d) l``, ``high = d high + (1 - d) h``: how the quantizers of GDFQ (Xu et
-al., ECCV 2020), AdaDFQ and their kin find the range of an activation. (Their code also divides by
-1 - d^t at each step, which for an average that starts at 0 would undo its bias once; by the end of the
-warm-up, when they freeze it, nothing of that is left.)
+With the range (l, h) of each batch and decay d = 0.9: ``low = d low + (1 - d) l``, ``high = d high + (1 - d) h``,
+which is how the quantizers of GDFQ (Xu et al., ECCV 2020), AdaDFQ and their kin find the range of an
+activation. (Their code also divides by 1 - d^t at each step, which for an average that starts at 0 would undo
+its bias once; by the end of the warm-up, when they freeze it, nothing of that is left. Here it starts at the
+first range that is measured.)
 
 Ranges lie in a collection of the student's variables, :data:`RANGES`, at the path of the module whose
 activation they are of. ``apply`` uses those that are there as they are, measures those that are not on
@@ -27,43 +27,40 @@ DECAY = 0.9
 
 
 def measured(x: jax.Array, granularity: str, axis_name: str | None = None) -> jax.Array:
-    """The ranges of an activation, over all devices where ``axis_name`` splits the batch.
+    """The ranges of an activation; those that samples share are taken over all devices.
 
     Examples:
       >>> measured(jnp.array([[1.0, 2.0], [3.0, 0.0]]), "channel").tolist()
       [[[1.0, 0.0]], [[3.0, 2.0]]]
     """
     x = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
-    shared = tuple(axis for axis in range(x.ndim) if axis not in kept_axes(granularity, x.ndim))
+    kept = kept_axes(granularity, x.ndim)
+    shared = tuple(axis for axis in range(x.ndim) if axis not in kept)
     low, high = jnp.min(x, shared, keepdims=True), jnp.max(x, shared, keepdims=True)
-    if axis_name is not None:
+    if axis_name is not None and 0 in shared:
         low, high = jax.lax.pmin(low, axis_name), jax.lax.pmax(high, axis_name)
     return jnp.stack([low, high])
-
-
-def empty(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """A range (2, ...) of which nothing was measured: the first batch's takes its place."""
-    return jnp.stack([jnp.full(shape[1:], jnp.inf, dtype), jnp.full(shape[1:], -jnp.inf, dtype)])
 
 
 def moved(average: jax.Array, batch: jax.Array) -> jax.Array:
     """The moving average after one more batch.
 
     Examples:
-      >>> tens = jnp.array([[0.0], [10.0]])
-      >>> first = moved(empty(tens.shape, tens.dtype), tens)
-      >>> first.tolist(), moved(first, 0 * tens).tolist()
-      ([[0.0], [10.0]], [[0.0], [9.0]])
+      >>> moved(jnp.array([[0.0], [10.0]]), jnp.array([[-10.0], [0.0]])).round(6).tolist()
+      [[-1.0], [9.0]]
     """
-    nothing_yet = average[:1] > average[1:]
-    return jnp.where(nothing_yet, batch, DECAY * average + (1 - DECAY) * batch)
+    return DECAY * average + (1 - DECAY) * batch
 
 
 def codes_within(x: jax.Array, within: jax.Array, bits: int) -> QuantizedArray:
     """The codes of ``x`` where the range is given; what lies outside takes the nearest code."""
+    codes, group = _codes(x, within, bits)
+    return QuantizedArray(codes.astype(jnp.int8), group.scale, group.step, group.zero_point, bits)
+
+
+def _codes(x, within, bits):
     group = affine_within(within[0], within[1], bits)
-    codes = affine_codes(x.astype(group.step.dtype), group.scale, group.zero_point, bits)
-    return QuantizedArray(codes.astype(jnp.int8), *group, bits)
+    return affine_codes(x.astype(group.step.dtype), group.scale, group.zero_point, bits), group
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -78,8 +75,7 @@ def fake_quant_within(x: jax.Array, within: jax.Array, bits: int) -> jax.Array:
       >>> fake_quant_within(x, jnp.array([[[0.0]], [[3.0]]]), 2).tolist()
       [[0.0, 1.0, 2.0, 3.0]]
     """
-    group = affine_within(within[0], within[1], bits)
-    codes = affine_codes(x.astype(group.step.dtype), group.scale, group.zero_point, bits)
+    codes, group = _codes(x, within, bits)
     return affine_values(codes, group.step, group.zero_point).astype(x.dtype)
 
 

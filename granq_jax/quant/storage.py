@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from granq_jax.quant.ranges import RANGES
 from granq_jax.quant.spec import QuantSpec, kept_axes
 from granq_jax.quant.weights import weight_paths
 
@@ -24,6 +25,11 @@ def effective_bits(shape: tuple[int, ...], bits: int, granularity: str) -> float
       10.11
     """
     return bits + SCALE_AND_ZERO_POINT_BITS * _ranges(shape, granularity) / float(np.prod(shape, dtype=np.int64))
+
+
+def effective_act_bits(shape: tuple[int, ...], bits: int, granularity: str, ranges: str) -> float:
+    """The same of an activation (N, ...) of N images, for one of them; ranges that are kept cost it nothing."""
+    return effective_bits((1, *shape[1:]), bits, granularity) if ranges == "dynamic" else float(bits)
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -52,7 +58,7 @@ def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, in
     Returns:
       ``weight_codes`` (each array filled up to whole bytes), ``weight_scales``,
       ``weight_zero_points``, ``full_precision`` (all other variables), and ``teacher``: everything in
-      float32.
+      float32, but for activation ranges, which it does not have.
 
     Examples:
       >>> import numpy as np
@@ -60,7 +66,7 @@ def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, in
       >>> storage_bytes({"params": {"head": head}}, QuantSpec(weight_bits=3))["weight_codes"]  # 36 bits
       5
     """
-    elements = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    elements, of_ranges = (sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (variables, variables.get(RANGES)))
     codes = ranges = quantized = 0
     for path, leaf in weight_paths(variables["params"]).items():
         site = spec.at(path)
@@ -73,7 +79,7 @@ def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, in
         "weight_scales": 4 * ranges,
         "weight_zero_points": 4 * ranges,
         "full_precision": 4 * (elements - quantized),
-        "teacher": 4 * elements,
+        "teacher": 4 * (elements - of_ranges),
     }
 
 

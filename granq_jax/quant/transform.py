@@ -6,6 +6,7 @@ by intercepting module calls while it is. The model is not edited and does not k
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -19,9 +20,9 @@ from granq_jax.quant import integer
 from granq_jax.quant.affine import QuantizedArray, quantize_codes
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
-from granq_jax.quant.ranges import RANGES, codes_within, empty, fake_quant_within, measured, moved
+from granq_jax.quant.ranges import RANGES, codes_within, fake_quant_within, measured, moved
 from granq_jax.quant.spec import QuantSpec, check_choice, in_full_precision
-from granq_jax.quant.storage import effective_bits
+from granq_jax.quant.storage import effective_act_bits, effective_bits
 from granq_jax.quant.weights import quantize_params, weight_paths
 
 ARITHMETICS = ("float", "integer")
@@ -38,7 +39,8 @@ class Site:
       shape: of the array.
       bits: ``None`` where it stays in full precision.
       granularity: which of its elements share a range; ``None`` in full precision.
-      effective_bits: bits an element, with float32 scales and zero points counted.
+      effective_bits: bits an element, with float32 scales and zero points counted; of an activation, for
+        one image, and without ranges that are kept.
     """
 
     path: str
@@ -79,7 +81,7 @@ class QuantizedModel:
     arithmetic: str = "float"
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
-        """The float model's own ``init``: both models share one variable tree."""
+        """The float model's own ``init``: both models share one variable tree, but for ranges that are kept."""
         return self.model.init(*args, **kwargs)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,16 +109,6 @@ class QuantizedModel:
         """
         outputs, activations = self._apply(variables, args, kwargs)
         return outputs, tuple(activation.quantized for activation in activations)
-
-    def empty_ranges(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The collection :data:`~granq_jax.quant.ranges.RANGES` before anything was measured, by its name.
-
-        Takes what ``apply`` takes; nothing is computed. Empty for ``act_ranges="dynamic"``.
-        """
-        if self.spec.act_ranges == "dynamic":
-            return {}
-        _, shapes = jax.eval_shape(lambda v: self.apply(v, *args, **kwargs, mutable=[RANGES]), variables)
-        return jax.tree.map(lambda like: empty(like.shape, like.dtype), dict(shapes))
 
     def sites(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
         """Every weight and activation with its bits and granularity; nothing is computed.
@@ -180,6 +172,7 @@ class QuantizedModel:
         """The model's outputs, and the activations that were met."""
         activations: list[_Activation] = []
         codes: dict[int, QuantizedArray] = {}  # of activations, by the identity of the array they stand for
+        calls: collections.Counter[str] = collections.Counter()
         matched_modules: set[str | type] = set()
 
         def quantized(module, x):
@@ -187,7 +180,8 @@ class QuantizedModel:
             site = self.spec.at(path)
             y, within = x, None
             if site.act_bits is not None and site.act_ranges == "moving_average":
-                within = self._range(module, x, site.act_granularity)
+                within = self._range(module, f"range{calls[path]}", x, site.act_granularity)
+                calls[path] += 1
                 y = fake_quant_within(x, within, site.act_bits)
             elif site.act_bits is not None:
                 y = fake_quant(
@@ -195,11 +189,8 @@ class QuantizedModel:
                 )
             on_integers = self.arithmetic == "integer" and site.act_granularity in integer.ACT_GRANULARITIES
             if on_integers and site.act_bits is not None:
-                codes[id(y)] = (
-                    quantize_codes(x, bits=site.act_bits, granularity=site.act_granularity, impl="xla")
-                    if within is None
-                    else codes_within(x, within, site.act_bits)
-                )
+                of_batch = measured(x, site.act_granularity, self.axis_name) if within is None else within
+                codes[id(y)] = codes_within(x, of_batch, site.act_bits)
             activations.append(_Activation(path, x, y, within))  # which keeps it, and so its identity
             return y
 
@@ -213,9 +204,10 @@ class QuantizedModel:
             if site.weight_granularity not in integer.WEIGHT_GRANULARITIES:
                 return None
             w = quantize_codes(kernel, bits=site.weight_bits, granularity=site.weight_granularity, impl="xla")
-            if not integer.can_be_summed(module, w, codes[id(x)].bits):
+            if not integer.can_be_summed(module, w, codes[id(x)]):
                 return None
-            return integer.integer_layer(module, codes[id(x)], w).astype(x.dtype)
+            y = integer.integer_layer(module, codes[id(x)], w).astype(x.dtype)
+            return integer.without_gradient(y, x, kernel)
 
         def interceptor(next_call, call_args, call_kwargs, context):
             module = context.module
@@ -227,12 +219,12 @@ class QuantizedModel:
                 x = quantized(module, call_args[0] if call_args else call_kwargs.pop("inputs"))
                 y = on_codes(module, x)
                 return next_call(x, *call_args[1:], **call_kwargs) if y is None else y
+            named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
+            matched_modules.update(named)
             if isinstance(module, OPERAND_MODULES) and codes:
                 y = on_codes(module, call_args[0] if call_args else call_kwargs["inputs"])
                 if y is not None:
-                    return y
-            named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
-            matched_modules.update(named)
+                    return quantized(module, y) if named else y
             fusible = type(module) in (NormAct, Activation) and not named and self.impl != "xla"
             epilogue = _epilogue(module, *call_args, **call_kwargs) if fusible else None
             if epilogue is not None:
@@ -258,9 +250,9 @@ class QuantizedModel:
         self._check_matched(variables, activations, matched_modules)
         return outputs, activations
 
-    def _range(self, module: nn.Module, x: jax.Array, granularity: str) -> jax.Array:
-        """The moving average to quantize the activation of ``module`` with, moved first where it may be."""
-        average: jax.Array | None = module.get_variable(RANGES, "act")
+    def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str) -> jax.Array:
+        """The moving average to quantize an activation of ``module`` with, moved first where it may be."""
+        average: jax.Array | None = module.get_variable(RANGES, name)
         moves = module.is_mutable_collection(RANGES)
         if average is not None and not moves:
             return average
@@ -268,7 +260,7 @@ class QuantizedModel:
         if average is not None:
             within = moved(average, within)
         if moves:
-            module.put_variable(RANGES, "act", within)
+            module.put_variable(RANGES, name, within)
         return within
 
     def _check_matched(self, variables, activations, matched_modules):
@@ -313,9 +305,9 @@ def quantize(
       spec: what to quantize and how.
       impl: how ``fake_quant`` is computed, see :func:`granq_jax.fake_quant`.
       axis_name: mapped axis that splits the batch, for ranges that several samples share.
-      arithmetic: ``"float"``, or ``"integer"``: convolutions and dense layers whose input and weight are
+      arithmetic: ``"float"``, or ``"integer"``: ``nn.Conv`` and ``nn.Dense`` whose input and weight are
         quantized compute on integer codes and accumulate in int32 (:mod:`granq_jax.quant.integer`). For
-        inference: it has no gradient.
+        inference: to ask for a gradient is an error.
 
     Returns:
       An object with ``apply``, ``init``, ``sites`` and ``observe``.
@@ -342,6 +334,9 @@ def quantize(
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_choice("arithmetic", arithmetic, ARITHMETICS)
     if arithmetic == "integer":
+        for field in ("weight_bits", "act_bits"):
+            if getattr(spec, field) is None:
+                raise ValueError(f"QuantSpec.{field}: got None with arithmetic='integer', allowed are 2 to 8")
         for field, allowed in (
             ("act_granularity", integer.ACT_GRANULARITIES),
             ("weight_granularity", integer.WEIGHT_GRANULARITIES),
@@ -417,4 +412,8 @@ def _site(path: str, kind: str, shape: tuple[int, ...], spec: QuantSpec) -> Site
     )
     if bits is None:
         return Site(path, kind, tuple(shape), None, None, 32.0)
-    return Site(path, kind, tuple(shape), bits, granularity, effective_bits(shape, bits, granularity))
+    if kind == "weight":
+        effective = effective_bits(shape, bits, granularity)
+    else:
+        effective = effective_act_bits(shape, bits, granularity, spec.act_ranges)
+    return Site(path, kind, tuple(shape), bits, granularity, effective)

@@ -25,6 +25,12 @@ def test_values_and_gradients(x64, shape, levels):
     np.testing.assert_allclose(pull_back(cotangent)[0], expected_pull_back(cotangent)[0], rtol=1e-12)
 
 
+def test_a_byte_an_output_is_kept_for_the_gradient():
+    (y, pull_back) = jax.vjp(max_pool, jnp.ones((1, 8, 8, 2)))
+    (kept,) = jax.tree.leaves(pull_back)
+    assert (kept.dtype, kept.shape) == (jnp.uint8, y.shape)
+
+
 def test_dtypes_are_kept():
     x = jnp.arange(16, dtype=jnp.bfloat16).reshape(1, 4, 4, 1)
     y, pull_back = jax.vjp(max_pool, x)

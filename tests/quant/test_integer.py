@@ -190,3 +190,46 @@ def test_ranges_along_what_is_summed_over_are_refused(field, value):
         quantize(nn.Dense(2), spec, arithmetic="integer")
     with one_line_error(ValueError, "arithmetic", "'int'", "'float'"):
         quantize(nn.Dense(2), QuantSpec(), arithmetic="int")
+
+
+def on_integers(model, x, **spec):
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    student = quantize(model, QuantSpec(act_granularity="sample", **spec), arithmetic="integer")
+    return "preferred_element_type=int32" in str(jax.make_jaxpr(student.apply)(variables, x))
+
+
+class Derived(nn.Dense):
+    """Computes something else than what it is derived from."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+def test_layers_that_compute_something_else_stay_in_floating_point():
+    assert on_integers(nn.Dense(2), jnp.ones((2, 3)), placement="operand")
+    assert not on_integers(Derived(2), jnp.ones((2, 3)), placement="operand")
+    assert on_integers(nn.Conv(2, (3, 3)), jnp.ones((2, 4, 4, 3)), placement="operand")
+    assert not on_integers(nn.Conv(2, (3, 3)), jnp.ones((5, 2, 4, 4, 3)), placement="operand")
+    assert not on_integers(nn.Conv(2, (3, 3), padding="CIRCULAR"), jnp.ones((2, 4, 4, 3)), placement="operand")
+
+
+def test_ranges_are_those_of_all_devices(x64):
+    model, x = Layer(nn.Dense(4)), jax.random.normal(jax.random.key(0), (6, 5), jnp.float64)
+    variables = model.init(jax.random.key(1), x)
+    spec = QuantSpec(act_granularity="tensor", placement="operand")
+    whole = quantize(model, spec, arithmetic="integer").apply(variables, x)
+    part = quantize(model, spec, arithmetic="integer", axis_name="batch")
+    parts = jax.vmap(lambda x: part.apply(variables, x), axis_name="batch")(x.reshape(2, 3, 5))
+    np.testing.assert_allclose(parts.reshape(6, 4), whole, rtol=1e-12)
+
+
+def test_what_is_missing_for_it_is_refused():
+    for field in ("weight_bits", "act_bits"):
+        with one_line_error(ValueError, f"QuantSpec.{field}", "None", "integer"):
+            quantize(nn.Dense(2), QuantSpec(act_granularity="sample", **{field: None}), arithmetic="integer")
+    model, x = nn.Dense(2), jnp.ones((2, 3))
+    variables = model.init(jax.random.key(0), x)
+    student = quantize(model, QuantSpec(act_granularity="sample", placement="operand"), arithmetic="integer")
+    with one_line_error(TypeError, "arithmetic='integer'", "no gradient"):
+        jax.grad(lambda x: student.apply(variables, x).sum())(x)

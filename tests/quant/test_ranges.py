@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granq_jax import QuantSpec, create_model, dequantize, quantize
+from granq_jax import Activation, QuantSpec, create_model, dequantize, quantize
+from granq_jax.quant import storage_bytes
 from granq_jax.quant.ranges import RANGES, codes_within, fake_quant_within, measured
 from tests.conftest import one_line_error
 from tests.quant import reference
@@ -32,7 +33,7 @@ def test_ranges_are_a_moving_average_that_stays_when_it_may_not_move(x64, granul
     variables = model.init(jax.random.key(0), batches[0])
     spec = QuantSpec(weight_bits=None, placement="operand", act_granularity=granularity, act_ranges="moving_average")
     student = quantize(model, spec)
-    state = {**variables, **student.empty_ranges(variables, batches[0])}
+    state = dict(variables)
     for batch in batches:
         _, moved = student.apply(state, batch, mutable=[RANGES])
         state |= moved
@@ -41,7 +42,7 @@ def test_ranges_are_a_moving_average_that_stays_when_it_may_not_move(x64, granul
     for batch in batches[1:]:
         low = 0.9 * low + 0.1 * np.asarray(batch).min(axis=axes, keepdims=True)
         high = 0.9 * high + 0.1 * np.asarray(batch).max(axis=axes, keepdims=True)
-    np.testing.assert_allclose(state[RANGES]["first"]["act"], [low, high], rtol=1e-12)
+    np.testing.assert_allclose(state[RANGES]["first"]["range0"], [low, high], rtol=1e-12)
 
     x = 3 * batches[0]
     _, inputs = student.apply_with_activations(state, x)
@@ -58,7 +59,6 @@ def test_without_kept_ranges_those_of_the_batch_are_used():
         for ranges in ("moving_average", "dynamic")
     )
     np.testing.assert_allclose(kept.apply(variables, x), dynamic.apply(variables, x), rtol=1e-6)
-    assert dynamic.empty_ranges(variables, x) == {}
 
 
 @given(
@@ -101,12 +101,36 @@ def test_the_zoo_keeps_a_range_for_every_activation():
     model, images = create_model("resnet8_digits"), jnp.ones((2, 8, 8, 1))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     student = quantize(model, SPEC)
-    ranges = student.empty_ranges(variables, images)[RANGES]
-    kept = {**variables, RANGES: ranges}
+    _, ranges = jax.eval_shape(lambda v: student.apply(v, images, mutable=[RANGES]), variables)
+    kept = {**variables, **ranges}
     _, moved = jax.eval_shape(lambda v: student.apply(v, images, mutable=[RANGES]), kept)
-    assert jax.tree.structure(moved[RANGES]) == jax.tree.structure(ranges)
+    assert jax.tree.structure(moved) == jax.tree.structure(ranges)
     sites = [site for site in student.sites(kept, images) if site.kind == "activation"]
     assert len(sites) == len(jax.tree.leaves(ranges)) == 7
+    assert {site.effective_bits for site in sites} == {3.0}
+    sizes = [storage_bytes(tree, student.spec) for tree in (variables, kept)]
+    assert sizes[0]["teacher"] == sizes[1]["teacher"]
+    assert sizes[1]["full_precision"] == sizes[0]["full_precision"] + 7 * 2 * 4
+
+
+class Twice(nn.Module):
+    """One module for two activations of different widths, beside a submodule of the same name."""
+
+    def setup(self):
+        self.act = Activation()
+        self.first, self.second = nn.Dense(3), nn.Dense(5)
+
+    def __call__(self, x):
+        return self.act(self.second(self.act(self.first(x))))
+
+
+def test_a_module_that_is_called_twice_keeps_two_ranges():
+    model, x = Twice(), jnp.linspace(-1, 1, 12).reshape(4, 3)
+    variables = model.init(jax.random.key(0), x)
+    student = quantize(model, dataclasses.replace(SPEC, act_granularity="channel"))
+    _, kept = student.apply(variables, x, mutable=[RANGES])
+    _, moved = student.apply({**variables, **kept}, x, mutable=[RANGES])
+    assert [leaf.shape for leaf in jax.tree.leaves(moved)] == [(2, 1, 3), (2, 1, 5)]
 
 
 def test_codes_are_counted_within_the_kept_range():
