@@ -27,6 +27,7 @@ from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
     ACT_GRANULARITIES,
     ACT_RANGES,
+    KEPT_GRANULARITIES,
     MAX_BITS,
     MIN_BITS,
     PLACEMENTS,
@@ -269,10 +270,10 @@ def check_config(config: ConfigDict) -> None:
             f"allowed are numbers up to config.loss.lambda_upper, {config.loss.lambda_upper}"
         )
     if config.quant.act_ranges == "moving_average":
-        if config.quant.act_granularity in ("sample_channel", "sample"):
+        if config.quant.act_granularity not in KEPT_GRANULARITIES:
             raise ValueError(
                 f"config.quant.act_granularity: got {config.quant.act_granularity!r} with config.quant.act_ranges "
-                "'moving_average', allowed are 'channel', 'tensor'"
+                f"'moving_average', allowed are {', '.join(map(repr, KEPT_GRANULARITIES))}"
             )
         if not config.warmup_epochs:
             raise ValueError(

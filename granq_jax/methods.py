@@ -35,7 +35,7 @@ def set_method(config: ConfigDict, method: str) -> None:
     """Gives ``config`` the settings of ``method``; all others stay as they are.
 
     Raises:
-      ValueError: if there is no such method.
+      ValueError: if there is no such method, or ``config`` has no place for its settings.
 
     Examples:
       >>> from granq_jax import load_config
@@ -45,4 +45,8 @@ def set_method(config: ConfigDict, method: str) -> None:
       ('moving_average', 'gdfq')
     """
     check_choice("method", method, METHODS)
-    config.update_from_flattened_dict(METHODS[method])
+    try:
+        with config.unlocked():  # a setting that it leaves out may be one of the method's
+            config.update_from_flattened_dict(METHODS[method])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"method: {method!r} has settings that this config cannot take: {error}") from None

@@ -147,6 +147,7 @@ def update(
     )(t, moments, s)
     (to_images,) = pull_teacher((to_t, to_moments))
     to_images = to_images + pull_student((to_s, jax.tree.map(jnp.zeros_like, maps)))[1]
+    (generator_grads,) = pull_generator(to_images)
 
     value_s, to_student = jax.value_and_grad(
         lambda s, maps: student_loss(trainer.losses, t, s, labels, teacher_maps, maps, axis_name),
@@ -154,9 +155,6 @@ def update(
     )(s, maps)
     metrics = {"loss_g": value_g, "loss_s": value_s, **terms}
     student_grads = None if warmup else pull_student(to_student)[0]
-    # What the student's pass has kept is let go before the generator's pass is gone back through.
-    to_images, student_grads = jax.lax.optimization_barrier((to_images, student_grads))
-    (generator_grads,) = pull_generator(to_images)
 
     # Every device's loss is the mean over its own samples, and a collective in a forward pass
     # carries cotangents from all devices: the mean of the gradients is that of the mean loss.

@@ -46,6 +46,19 @@ def test_an_unknown_method_is_refused():
         set_method(load_config("digits_w3a3"), "dfq")
 
 
+def test_a_config_without_all_settings_takes_a_method_or_says_why_not():
+    config = load_config("cifar10_w3a3")
+    with config.unlocked():
+        del config.loss.objective
+    set_method(config, "gdfq")
+    assert config.loss.objective == "gdfq"
+    with config.unlocked():
+        del config.quant
+        config.quant = 3
+    with one_line_error(ValueError, "method", "'gdfq'"):
+        set_method(config, "gdfq")
+
+
 def test_the_command_takes_a_method_and_what_is_said_beside_it_wins(tmp_path, monkeypatch, capsys):
     seen = {}
     monkeypatch.setitem(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +135,25 @@ def test_kept_ranges_need_a_warm_up(digits):
         dataclasses.replace(trainer, optimizers=OptimizerSettings(warmup_epochs=0))
     with one_line_error(ValueError, "LossSettings.objective", "'gan'", "adadfq"):
         LossSettings(objective="gan")
+
+
+@pytest.mark.slow
+def test_devices_share_ranges_and_gradients(x64, digits):
+    """Two shares of a batch under a mapped axis take the steps that the whole batch takes."""
+    trainer, teacher = digits
+    trainer = dataclasses.replace(trainer, dtype=jnp.float64)
+    # Fresh batch norms are identities: many activations then lie exactly between two levels.
+    rng = np.random.default_rng(1)
+    teacher = jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.1 * rng.random(leaf.shape)), teacher)
+    whole = shared = trainer.init(teacher)
+    for warmup in (True, False):
+        z, labels = joint.sample_noise(trainer, whole.step, jnp.arange(4))
+        take = partial(joint.update, trainer, warmup)
+        mapped = jax.vmap(partial(take, axis_name="devices"), in_axes=(None, None, 0, 0), axis_name="devices")
+        copies, metrics = jax.jit(mapped)(shared, teacher, z.reshape(2, 2, -1), labels.reshape(2, 2))
+        whole, expected = jax.jit(take)(whole, teacher, z, labels)
+        shared = jax.tree.map(lambda leaf: leaf[0], copies)
+        for name in ("loss_g", "loss_s"):
+            np.testing.assert_allclose(metrics[name], jnp.stack([expected[name]] * 2), rtol=1e-9)
+    for ours, theirs in zip(jax.tree.leaves(shared.student), jax.tree.leaves(whole.student), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-9 * float(jnp.abs(theirs).max()))

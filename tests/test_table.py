@@ -1,6 +1,9 @@
 """The results table: its cells can be run, and its rows come back as they were written."""
 
 import json
+import time
+
+import pytest
 
 from granq_jax import load_config
 from granq_jax.config import check_config, default_config, flat
@@ -47,3 +50,18 @@ def test_paths_take_the_place_of_the_names_that_are_printed(table):
     placed = [table._placed(part, places) for part in cell.command()]
     assert "--config.data_dir=/data" in placed
     assert "--config.teacher=/teachers/t.pth" in placed
+
+
+@pytest.mark.slow
+def test_a_cell_is_run_and_goes_on_where_it_was_broken_off(table, monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "TABLE", tmp_path / "results" / "table.csv")
+    settings = {"epochs": 2, "steps_per_epoch": 4, "warmup_epochs": 1, "teacher_training.epochs": 1}
+    cell = table.Cell("digits_w3a3", "adadfq", settings | {"teacher_training.small_epochs": 0})
+    assert not table.run(cell, {"DIR": ""}, tmp_path, deadline=time.monotonic() + 1)
+    assert table.rows() == {}
+    assert table.run(cell, {"DIR": ""}, tmp_path, deadline=float("inf"))
+    row = table.rows()[cell.name]
+    assert (row["steps"], row["config.quant.act_ranges"], row["eval_examples"]) == ("8", "moving_average", "360")
+    assert json.loads(row["top1_by_epoch"])["2"] == float(row["student_top1"])
+    assert row["effective_act_bits"] == "3.0"
+    assert f"**{float(row['student_top1']):.2f}**" in table.rendered(table.rows(), [cell])

@@ -14,7 +14,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     """Largest value of each 3x3 window, two pixels apart, the border padded by one: (N, H, W, C).
 
     The gradient goes to the first pixel, row by row, that has the largest value. Only which one that is is kept
-    for it, in a byte: ``flax.linen.max_pool``'s gradient needs the input again, or on a GPU four int32.
+    for it, in a byte: ``flax.linen.max_pool``'s gradient needs the input again, or compiled for a GPU four int32.
     """
     return nn.max_pool(x, (WINDOW, WINDOW), (STRIDE, STRIDE), ((PAD, PAD), (PAD, PAD)))
 

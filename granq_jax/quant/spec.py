@@ -13,6 +13,7 @@ WEIGHT_GRANULARITIES = ("out_channel", "kernel", "tensor")
 ACT_GRANULARITIES = ("sample_channel", "channel", "sample", "tensor")
 GRANULARITIES = ("sample_channel", "channel", "sample", "tensor", "out_channel", "kernel")
 ACT_RANGES = ("dynamic", "moving_average")
+KEPT_GRANULARITIES = ("channel", "tensor")  # of moving averages: those that do not tell samples apart
 PLACEMENTS = ("activation", "operand")
 
 _OVERRIDE = "a pair of a regular expression and a dict of fields"
@@ -126,10 +127,10 @@ class QuantSpec:
         check_choice("QuantSpec.weight_granularity", self.weight_granularity, WEIGHT_GRANULARITIES)
         check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
         check_choice("QuantSpec.act_ranges", self.act_ranges, ACT_RANGES)
-        if self.act_ranges == "moving_average" and self.act_granularity in ("sample_channel", "sample"):
+        if self.act_ranges == "moving_average" and self.act_granularity not in KEPT_GRANULARITIES:
             raise ValueError(
                 f"QuantSpec.act_granularity: got {self.act_granularity!r} with act_ranges='moving_average', "
-                "allowed are 'channel', 'tensor'"
+                f"allowed are {', '.join(map(repr, KEPT_GRANULARITIES))}"
             )
         check_choice("QuantSpec.placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "activation_modules", _checked_modules(self.activation_modules, self.placement))

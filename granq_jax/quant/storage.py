@@ -29,7 +29,8 @@ def effective_bits(shape: tuple[int, ...], bits: int, granularity: str) -> float
 
 def effective_act_bits(shape: tuple[int, ...], bits: int, granularity: str, ranges: str) -> float:
     """The same of an activation (N, ...) of N images, for one of them; ranges that are kept cost it nothing."""
-    return effective_bits((1, *shape[1:]), bits, granularity) if ranges == "dynamic" else float(bits)
+    count, size = _ranges_of_image(shape, granularity, ranges), float(np.prod(shape[1:], dtype=np.int64))
+    return bits + SCALE_AND_ZERO_POINT_BITS * count / size
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -112,13 +113,12 @@ def activation_storage(shapes: Iterable[tuple[str, tuple[int, ...]]], spec: Quan
     codes = ranges = quantized = elements = 0
     for path, shape in shapes:
         site = spec.at(path)
-        one = (1, *shape[1:])
-        size = int(np.prod(one, dtype=np.int64))
+        size = int(np.prod(shape[1:], dtype=np.int64))
         elements += size
         if site.act_bits is not None:
             quantized += size
             codes += packed_bytes(size, site.act_bits)
-            ranges += _ranges(one, site.act_granularity) if site.act_ranges == "dynamic" else 0
+            ranges += _ranges_of_image(shape, site.act_granularity, site.act_ranges)
     return ActivationStorage(
         8 * (codes + 8 * ranges) / quantized if quantized else None,
         {
@@ -129,6 +129,10 @@ def activation_storage(shapes: Iterable[tuple[str, tuple[int, ...]]], spec: Quan
             "float32": 4 * elements,
         },
     )
+
+
+def _ranges_of_image(shape: tuple[int, ...], granularity: str, ranges: str) -> int:
+    return _ranges((1, *shape[1:]), granularity) if ranges == "dynamic" else 0
 
 
 def _ranges(shape: tuple[int, ...], granularity: str) -> int:

@@ -196,10 +196,11 @@ class QuantizedModel:
 
         def on_codes(module, x):
             """The output of a layer on codes, or ``None`` where there are none or it does not work on them."""
+            if id(x) not in codes:
+                return None
             path = "/".join(module.path)
-            site = self.spec.at(path)
-            kernel = weights.get(path)
-            if id(x) not in codes or kernel is None or site.weight_bits is None:
+            site, kernel = self.spec.at(path), weights.get(path)
+            if kernel is None or site.weight_bits is None:
                 return None
             if site.weight_granularity not in integer.WEIGHT_GRANULARITIES:
                 return None
@@ -221,7 +222,7 @@ class QuantizedModel:
                 return next_call(x, *call_args[1:], **call_kwargs) if y is None else y
             named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
             matched_modules.update(named)
-            if isinstance(module, OPERAND_MODULES) and codes:
+            if codes and isinstance(module, OPERAND_MODULES):
                 y = on_codes(module, call_args[0] if call_args else call_kwargs["inputs"])
                 if y is not None:
                     return quantized(module, y) if named else y
@@ -247,7 +248,7 @@ class QuantizedModel:
         quantized_params = quantize_params(variables["params"], self.spec, self.impl)
         with nn.intercept_methods(interceptor):
             outputs = self.model.apply({**variables, "params": quantized_params}, *args, **kwargs)
-        self._check_matched(variables, activations, matched_modules)
+        self._check_matched(list(weights), activations, matched_modules)
         return outputs, activations
 
     def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str) -> jax.Array:
@@ -263,8 +264,7 @@ class QuantizedModel:
             module.put_variable(RANGES, name, within)
         return within
 
-    def _check_matched(self, variables, activations, matched_modules):
-        weights = list(weight_paths(variables["params"]))
+    def _check_matched(self, weights, activations, matched_modules):
         name = type(self.model).__name__
         if self.spec.weight_bits is not None and not weights:
             raise ValueError(f"QuantSpec.weight_bits: {name} has no parameter named 'kernel' to quantize")
