@@ -1,6 +1,6 @@
 """Images a second of quantized evaluation, beside the same arithmetic in PyTorch.
 
-    python benchmarks/evaluate.py [--images 2000] [--batch 200] [--rounds 5] [--json]
+    python benchmarks/evaluate.py [--images 2000] [--batch 64] [--rounds 5] [--json]
 
 CIFAR's ResNet-20 at W3A3 on random images, float32, all cores. Our side is the product's own
 evaluation, from uint8 images in memory to an accuracy; the baseline does the same in the faster of two
@@ -76,7 +76,7 @@ def compare(count, batch, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ class Accuracy(NamedTuple):
     top1: float
     top5: float
 
+
+# Batches computed side by side: what each needs beside the parameters is in memory that often.
+_MAX_AT_ONCE = 4
 
 SUBJECTS = ("teacher", "student", "both")
 
@@ -171,13 +176,26 @@ def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Se
 
     mapped = jax.pmap(correct, axis_name=AXIS, in_axes=(None, 0, 0, 0), out_axes=None, devices=devices)
 
+    # XLA for CPUs computes most convolutions on one core, so that a batch for each core is faster than a batch on
+    # all. The collectives of several devices must meet in the same order everywhere.
+    at_once = min(os.cpu_count() or 1, _MAX_AT_ONCE) if devices[0].platform == "cpu" and len(devices) == 1 else 1
+
     def evaluate(variables):
         variables = place(variables, devices)
-        totals = np.zeros(2)  # a batch's counts are whole numbers that float32 holds exactly; their sum may not be
-        for batch in batches(split, batch_size, share.ravel()):
+
+        def count(batch):
             parts = place([a.reshape(*share.shape, *a.shape[1:]) for a in batch], devices, split=True)
-            # Read at once, so that batches do not pile up on the device; the next one is decoded meanwhile.
-            totals += jax.device_get(mapped(variables, *parts))
+            return jax.device_get(mapped(variables, *parts))
+
+        totals = np.zeros(2)  # a batch's counts are whole numbers that float32 holds exactly; their sum may not be
+        with ThreadPoolExecutor(at_once, thread_name_prefix="evaluate") as threads:
+            waiting: collections.deque[Future] = collections.deque()
+            for batch in batches(split, batch_size, share.ravel()):
+                # No more than these, so that batches do not pile up; the next one is decoded meanwhile.
+                if len(waiting) == at_once:
+                    totals += waiting.popleft().result()
+                waiting.append(threads.submit(count, batch))
+            totals += sum(future.result() for future in waiting)
         return Accuracy(*(100.0 * float(total) / len(split) for total in totals))
 
     return evaluate
