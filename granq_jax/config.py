@@ -32,6 +32,7 @@ from granq_jax.quant.spec import (
     MIN_BITS,
     PLACEMENTS,
     WEIGHT_GRANULARITIES,
+    WEIGHT_RANGES,
 )
 from granq_jax.trainer import OBJECTIVES, ON_NONFINITE
 
@@ -73,6 +74,7 @@ def default_config() -> ConfigDict:
     config.quant.weight_bits = 3
     config.quant.act_bits = 3
     config.quant.weight_granularity = "out_channel"
+    config.quant.weight_ranges = "minmax"  # or "mse": of least squared error
     config.quant.act_granularity = "sample_channel"
     config.quant.act_ranges = "dynamic"  # or "moving_average"
     config.quant.placement = "activation"
@@ -202,6 +204,7 @@ CHECKS: dict[str, Check] = {
     "quant.weight_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.act_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.weight_granularity": _choice(*WEIGHT_GRANULARITIES),
+    "quant.weight_ranges": _choice(*WEIGHT_RANGES),
     "quant.act_granularity": _choice(*ACT_GRANULARITIES),
     "quant.act_ranges": _choice(*ACT_RANGES),
     "quant.placement": _choice(*PLACEMENTS),

@@ -90,7 +90,8 @@ def check_writable(workdir: Path) -> None:
 
 def describe(config: ConfigDict) -> dict[str, Any]:
     """The fields by which a result says what was quantized, and how."""
-    quant = ("weight_bits", "act_bits", "weight_granularity", "act_granularity", "act_ranges", "placement")
+    of_both = (f"{kind}_{field}" for kind in ("weight", "act") for field in ("bits", "granularity", "ranges"))
+    quant = (*of_both, "placement")
     return {
         "dataset": config.dataset,
         "network": config.network,

@@ -98,6 +98,7 @@ def _flat(tree, prefix=""):
         ("quant.weight_bits", 9, "2 to 8"),
         ("quant.act_bits", 3.0, "2 to 8"),
         ("quant.weight_granularity", "channel", "out_channel"),
+        ("quant.weight_ranges", "best", "mse"),
         ("quant.act_granularity", "kernel", "sample_channel"),
         ("quant.placement", "output", "operand"),
         ("quant.impl", "cuda", "pallas"),

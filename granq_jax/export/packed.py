@@ -23,9 +23,10 @@ import numpy as np
 import safetensors.numpy
 
 from granq_jax.export.bits import pack, unpack
-from granq_jax.quant import QuantizedArray, QuantSpec, quantize_codes, quantize_params, weight_paths, without_weights
+from granq_jax.quant import QuantizedArray, QuantSpec, quantize_params, weight_paths, without_weights
 from granq_jax.quant.affine import affine_values
 from granq_jax.quant.spec import check_choice
+from granq_jax.quant.weights import quantize_weight
 from granq_jax.record import write_bytes
 from granq_jax.tensor_files import open_safetensors
 
@@ -61,13 +62,12 @@ def weight_codes(params: Mapping[str, Any], spec: QuantSpec) -> dict[str, Quanti
     found = {}
     expected = weight_paths(jax.device_get(quantize_params(params, spec, "xla")))
     for path, weight in weight_paths(params).items():
-        site = spec.at(path)
-        if site.weight_bits is None:
+        q = jax.device_get(quantize_weight(weight, spec.at(path)))
+        if q is None:
             continue
         if not np.isfinite(weight).all():
             raise ValueError(f"variables: the weight of {path!r} holds NaN or infinity, allowed are finite numbers")
-        q = quantize_codes(weight, bits=site.weight_bits, granularity=site.weight_granularity, impl="xla")
-        found[path] = q = jax.device_get(q)
+        found[path] = q
         if not np.array_equal(weight_values(q.codes, q.step, q.zero_point, weight.dtype), expected[path]):
             raise RuntimeError(f"the codes of {path!r} do not stand for what the fake quantizer computes")
     return found

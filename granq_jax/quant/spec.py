@@ -12,6 +12,7 @@ MIN_BITS, MAX_BITS = 2, 8
 WEIGHT_GRANULARITIES = ("out_channel", "kernel", "tensor")
 ACT_GRANULARITIES = ("sample_channel", "channel", "sample", "tensor")
 GRANULARITIES = ("sample_channel", "channel", "sample", "tensor", "out_channel", "kernel")
+WEIGHT_RANGES = ("minmax", "mse")
 ACT_RANGES = ("dynamic", "moving_average")
 KEPT_GRANULARITIES = ("channel", "tensor")  # of moving averages: those that do not tell samples apart
 PLACEMENTS = ("activation", "operand")
@@ -88,6 +89,8 @@ class QuantSpec:
       act_bits: bits of activations, 2 to 8; ``None`` leaves them as they are.
       weight_granularity: ``"out_channel"`` (a range per output channel), ``"kernel"`` (a range per
         input and output pair, as the released GranQ code has it) or ``"tensor"``.
+      weight_ranges: ``"minmax"``, from the least to the greatest weight; or ``"mse"``, the one of least
+        squared error, see :func:`granq_jax.quant.ranges.of_least_error`.
       act_granularity: ``"sample_channel"`` (GranQ: a range per sample and channel), ``"channel"``,
         ``"sample"`` or ``"tensor"``.
       act_ranges: ``"dynamic"``, measured on the batch at hand, at test time too; or
@@ -114,6 +117,7 @@ class QuantSpec:
     weight_bits: int | None = 3
     act_bits: int | None = 3
     weight_granularity: str = "out_channel"
+    weight_ranges: str = "minmax"
     act_granularity: str = "sample_channel"
     act_ranges: str = "dynamic"
     placement: str = "activation"
@@ -125,6 +129,7 @@ class QuantSpec:
             if getattr(self, field) is not None:
                 check_bits(f"QuantSpec.{field}", getattr(self, field))
         check_choice("QuantSpec.weight_granularity", self.weight_granularity, WEIGHT_GRANULARITIES)
+        check_choice("QuantSpec.weight_ranges", self.weight_ranges, WEIGHT_RANGES)
         check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
         check_choice("QuantSpec.act_ranges", self.act_ranges, ACT_RANGES)
         if self.act_ranges == "moving_average" and self.act_granularity not in KEPT_GRANULARITIES:

@@ -23,7 +23,7 @@ from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_qua
 from granq_jax.quant.ranges import RANGES, codes_within, fake_quant_within, measured, moved
 from granq_jax.quant.spec import QuantSpec, check_choice, in_full_precision
 from granq_jax.quant.storage import effective_act_bits, effective_bits
-from granq_jax.quant.weights import quantize_params, weight_paths
+from granq_jax.quant.weights import quantize_params, quantize_weight, weight_paths, weight_range
 
 ARITHMETICS = ("float", "integer")
 OPERAND_MODULES = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
@@ -145,7 +145,10 @@ class QuantizedModel:
         _, students = dataclasses.replace(self, impl="xla", arithmetic="float")._apply(variables, args, kwargs)
         teachers_weights, weights = weight_paths(teacher["params"]), weight_paths(variables["params"])
         return tuple(
-            [self._observation(path, "weight", x, None, teachers_weights[path]) for path, x in weights.items()]
+            [
+                self._observation(path, "weight", x, weight_range(x, self.spec.at(path)), teachers_weights[path])
+                for path, x in weights.items()
+            ]
             + [
                 self._observation(student.path, "activation", student.x, student.within, of_teacher.x)
                 for student, of_teacher in zip(students, teachers, strict=True)
@@ -200,12 +203,10 @@ class QuantizedModel:
                 return None
             path = "/".join(module.path)
             site, kernel = self.spec.at(path), weights.get(path)
-            if kernel is None or site.weight_bits is None:
+            if kernel is None or site.weight_granularity not in integer.WEIGHT_GRANULARITIES:
                 return None
-            if site.weight_granularity not in integer.WEIGHT_GRANULARITIES:
-                return None
-            w = quantize_codes(kernel, bits=site.weight_bits, granularity=site.weight_granularity, impl="xla")
-            if not integer.can_be_summed(module, w, codes[id(x)]):
+            w = quantize_weight(kernel, site)
+            if w is None or not integer.can_be_summed(module, w, codes[id(x)]):
                 return None
             y = integer.integer_layer(module, codes[id(x)], w).astype(x.dtype)
             return integer.without_gradient(y, x, kernel)

@@ -29,10 +29,15 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
-@pytest.mark.parametrize("bits", [3, 8])
-def test_weights_come_back_bit_for_bit(digits, tmp_path, bits, granularity):
+@pytest.mark.parametrize(("bits", "ranges"), [(3, "minmax"), (3, "mse"), (8, "minmax")])
+def test_weights_come_back_bit_for_bit(digits, tmp_path, bits, granularity, ranges):
     _, variables = digits
-    spec = QuantSpec(weight_bits=bits, weight_granularity=granularity, overrides=((r"^stem", {"weight_bits": 8}),))
+    spec = QuantSpec(
+        weight_bits=bits,
+        weight_granularity=granularity,
+        weight_ranges=ranges,
+        overrides=((r"^stem", {"weight_bits": 8}),),
+    )
     save_packed(tmp_path / "a.safetensors", variables, spec, "resnet8_digits")
     packed = load_packed(tmp_path / "a.safetensors")
     assert packed.network == "resnet8_digits"

@@ -132,7 +132,12 @@ def test_a_layer_computes_what_floating_point_does(x64, name, bits, ranges):
     variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
     granularity = "sample" if ranges == "dynamic" else "tensor"
     spec = QuantSpec(
-        weight_bits=bits, act_bits=bits, act_granularity=granularity, act_ranges=ranges, placement="operand"
+        weight_bits=bits,
+        act_bits=bits,
+        weight_ranges="minmax" if ranges == "dynamic" else "mse",
+        act_granularity=granularity,
+        act_ranges=ranges,
+        placement="operand",
     )
     integer, floating = (quantize(model, spec, arithmetic=kind) for kind in ("integer", "float"))
     if ranges == "moving_average":
