@@ -2,9 +2,11 @@
 
     python benchmarks/first_step.py [CONFIG ...] [--steps 2]
 
-Each config runs in a process of its own, with random weights: what a step costs does not depend on
-them. "Temporaries" is what XLA sets aside for the step beside its arguments (state, teacher), and
-"peak" the most memory the process ever held, compiling included.
+Each config runs in two processes, one after the other: cold, and warm, with the programs that the first one
+left in the compilation cache. Random weights: what a step costs does not depend on them. "To first step" is
+from the start of the process to the end of the first step, imports included. "Temporaries" is what XLA
+sets aside for the step beside its arguments (state, teacher), and "peak" the most memory the process ever held,
+compiling included.
 """
 
 import argparse
@@ -12,61 +14,71 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
-from granq_jax.config import config_names
+COLUMNS = ("compile s", "to first step s", "later steps s", "arguments GB", "temporaries GB", "peak GB")
+IN_BOTH = ("to first step s", "peak GB")  # of the warm process only these are printed
 
-COLUMNS = ("config", "compile s", "first step s", "later steps s", "arguments GB", "temporaries GB", "peak GB")
 
-
-def measure(name, steps):
+def measure(name, steps, cache, started):
     import jax
     import jax.numpy as jnp
 
-    from granq_jax import load_config
+    from granq_jax import load_config, use_compilation_cache
     from granq_jax.build import make_trainer
     from granq_jax.joint_run import JointRun
     from granq_jax.models.registry import network
     from granq_jax.record import peak_rss_mb
 
+    use_compilation_cache(cache)
     config = load_config(name)
     trainer = make_trainer(config)
     info = network(config.network)
     images = jnp.zeros((1, info.image_size, info.image_size, info.channels))
     run = JointRun(trainer, jax.jit(info.model.init)(jax.random.key(0), images), jax.local_devices())
-    compiled = run.compiled(warmup=False)
+    jax.block_until_ready(run.advance(warmup=False))
+    to_first_step = time.time() - started
     seconds = []
-    for _ in range(1 + steps):
+    for _ in range(steps):
         start = time.perf_counter()
         jax.block_until_ready(run.advance(warmup=False))
         seconds.append(time.perf_counter() - start)
-    memory = compiled.memory_analysis()
+    memory = run.compiled(warmup=False).memory_analysis()
     values = (
         run.compile_seconds,
-        seconds[0],
-        statistics.median(seconds[1:]),
+        to_first_step,
+        statistics.median(seconds),
         memory.argument_size_in_bytes / 1e9,
         memory.temp_size_in_bytes / 1e9,
         peak_rss_mb() / 1e3,
     )
-    print(json.dumps([name, *values]))
+    print(json.dumps(dict(zip(COLUMNS, values, strict=True))))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*")
     parser.add_argument("--steps", type=int, default=2, help="steps after the first")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child process measures
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # what a child process measures
     options = parser.parse_args()
     if options.one:
-        measure(options.one, options.steps)
-        return
-    print(" | ".join(COLUMNS))
+        name, cache, started = options.one
+        return measure(name, options.steps, cache, float(started))
+
+    from granq_jax.config import config_names
+
+    print(" | ".join(["config", *COLUMNS, *(f"warm: {column}" for column in IN_BOTH)]))
     for name in options.configs or config_names():
-        command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
-        line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        name, *values = json.loads(line)
+        with tempfile.TemporaryDirectory() as cache:
+            cold, warm = (_in_a_process(name, options.steps, cache) for _ in range(2))
+        values = [*cold.values(), *(warm[column] for column in IN_BOTH)]
         print(" | ".join([name, *(f"{value:.2f}" for value in values)]), flush=True)
+
+
+def _in_a_process(name, steps, cache):
+    command = [sys.executable, __file__, "--steps", str(steps), "--one", name, cache, str(time.time())]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 if __name__ == "__main__":

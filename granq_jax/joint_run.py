@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from granq_jax.devices import place, sample_index, settle
+from granq_jax.memory import return_freed
 from granq_jax.progress import Progress
 from granq_jax.step import CHECKED, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
@@ -62,6 +63,7 @@ class JointRun:
             start = time.perf_counter()
             mapped = mapped_step(self.trainer, warmup, self.devices)
             self._phases[warmup] = mapped.lower(self.state, self._teacher, self._index).compile()
+            return_freed()
             self.compile_seconds += time.perf_counter() - start
         return self._phases[warmup]
 
