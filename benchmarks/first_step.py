@@ -25,8 +25,9 @@ def measure(name, steps, cache, started):
     import jax
     import jax.numpy as jnp
 
-    from granq_jax import load_config, use_compilation_cache
+    from granq_jax import load_config
     from granq_jax.build import make_trainer
+    from granq_jax.compilation_cache import use_compilation_cache
     from granq_jax.joint_run import JointRun
     from granq_jax.models.registry import network
     from granq_jax.record import peak_rss_mb

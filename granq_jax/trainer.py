@@ -224,27 +224,27 @@ class Trainer:
         # A stream of its own, so that the weights do not repeat the noise of the steps.
         key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
-        generator = jax.jit(self.generator.init)(key, z, labels)
-        student = jax.tree.map(jnp.copy, flax.core.unfreeze(dict(teacher)))
-        if self.spec.act_ranges == "moving_average":
-            student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            generator=generator,
-            student=student,
-            generator_opt=self.generator_optimizer.init(generator["params"]),
-            student_opt=self.student_optimizer.init(student["params"]),
-        )
+
+        @jax.jit  # one program, not one for every shape
+        def first(key, teacher):
+            generator = self.generator.init(key, z, labels)
+            student = jax.tree.map(jnp.copy, teacher)  # which steps may overwrite
+            if self.spec.act_ranges == "moving_average":
+                student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
+            return TrainState(
+                step=jnp.zeros((), jnp.int32),
+                generator=generator,
+                student=student,
+                generator_opt=self.generator_optimizer.init(generator["params"]),
+                student_opt=self.student_optimizer.init(student["params"]),
+            )
+
+        return first(key, flax.core.unfreeze(dict(teacher)))
 
     def _first_ranges(self, generator: Variables, student: Variables, key: jax.Array) -> Variables:
         """Where the moving averages begin: ranges on images of the generator as it is, by their collection's name."""
         quantized = quantize(self.model, self.spec)
-
-        @jax.jit
-        def ranges(generator, student):
-            z = jax.random.normal(key, (self.batch_size, self.latent), self.dtype)
-            labels = jnp.arange(self.batch_size) % self.generator.classes
-            images, _ = self.generator.apply(generator, z, labels, mutable=["batch_stats"])
-            return quantized.apply(student, images, **evaluation_mode(self.model), mutable=[RANGES])[1]
-
-        return ranges(generator, student)
+        z = jax.random.normal(key, (self.batch_size, self.latent), self.dtype)
+        labels = jnp.arange(self.batch_size) % self.generator.classes
+        images, _ = self.generator.apply(generator, z, labels, mutable=["batch_stats"])
+        return quantized.apply(student, images, **evaluation_mode(self.model), mutable=[RANGES])[1]
