@@ -43,6 +43,7 @@ def measured(x: jax.Array, granularity: str, axis_name: str | None = None) -> ja
     return jnp.stack([low, high])
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def of_least_error(x: jax.Array, granularity: str, bits: int) -> jax.Array:
     """The ranges of a weight that quantize it with the least squared error, of those in question.
 

@@ -28,8 +28,10 @@ def assert_same(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, jax.device_get(theirs))
 
 
-@pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
-@pytest.mark.parametrize(("bits", "ranges"), [(3, "minmax"), (3, "mse"), (8, "minmax")])
+@pytest.mark.parametrize(
+    ("granularity", "bits", "ranges"),
+    [*((granularity, bits, "minmax") for granularity in WEIGHT_GRANULARITIES for bits in (3, 8)), ("kernel", 3, "mse")],
+)
 def test_weights_come_back_bit_for_bit(digits, tmp_path, bits, granularity, ranges):
     _, variables = digits
     spec = QuantSpec(
