@@ -61,7 +61,7 @@ def default_config() -> ConfigDict:
     config.warmup_epochs = 4  # the first epochs, in which only the generator moves
     config.latent = 100
     config.eval = "test"  # or "none"
-    config.eval_batch_size = 64  # the fastest on a CPU
+    config.eval_batch_size = 64  # faster on CPUs than larger ones
     config.eval_every_epochs = 10
     config.checkpoint_every_epochs = 10
     config.keep_checkpoints = 2  # the newest so many, and
