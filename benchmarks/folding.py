@@ -59,7 +59,7 @@ def accuracies(bits, epochs, split, seed):
         run = JointRun(dataclasses.replace(base, spec=spec), teacher, devices)
         for _ in range(epochs * config.steps_per_epoch):
             run.advance(warmup=True)
-        return spec, jax.device_get(run.state.student)
+        return spec, jax.device_get(run.state.result)
 
     dynamic = QuantSpec(weight_bits=bits, act_bits=bits, placement="operand")
     found = {"sample_channel, dequantized": top1(dynamic, teacher)}

@@ -39,6 +39,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
             student_lr=config.student.lr,
             student_momentum=config.student.momentum,
             student_weight_decay=config.student.weight_decay,
+            student_ema_decay=config.student.ema_decay,
             generator_lr=config.generator.lr,
             generator_betas=config.generator.betas,
             decay_epochs=config.decay_epochs,

@@ -84,6 +84,7 @@ def default_config() -> ConfigDict:
     config.student.lr = 1e-4
     config.student.momentum = 0.9
     config.student.weight_decay = 1e-4
+    config.student.ema_decay = 0.0  # of a moving average of its parameters, which is then the result; 0 is none
 
     config.generator = ConfigDict()  # Adam
     config.generator.lr = 1e-3
@@ -212,6 +213,7 @@ CHECKS: dict[str, Check] = {
     "student.lr": _real(0),
     "student.momentum": _real(0, 1),
     "student.weight_decay": _real(0),
+    "student.ema_decay": _real(0, 1),
     "generator.lr": _real(0),
     "generator.betas": _betas(),
     "generator.conditional": _truth(),

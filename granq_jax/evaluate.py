@@ -105,7 +105,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":
         step, state = newest_state(trainer, workdir)
-        student = state.student
+        student = state.result
         evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
         evaluation |= {
             "effective_weight_bits": effective_weight_bits(student["params"], trainer.spec),

@@ -125,7 +125,7 @@ def zero_shot_quantize(
             progress.update(step + 1)
             if run.step % o.steps_per_epoch == 0:
                 run.check()
-    return jax.device_get(run.state.student)
+    return jax.device_get(run.state.result)
 
 
 def _check_fit(trainer: Trainer, teacher: Variables) -> None:

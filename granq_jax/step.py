@@ -175,6 +175,9 @@ def update(
             trainer.student_optimizer, student_grads, state.student["params"], state.student_opt
         )
         state_after = state_after.replace(student={**state.student, "params": student_params}, student_opt=student_opt)
+        if decay := trainer.optimizers.student_ema_decay:
+            average = optax.incremental_update(student_params, state.student_ema, 1 - decay)
+            state_after = state_after.replace(student_ema=average)
     parameters = {"generator": generator_params, "student": state_after.student["params"]}
     nonfinite = _first_nonfinite([(metrics | parameters)[name] for name in CHECKED])
     if trainer.on_nonfinite == "skip":

@@ -241,7 +241,7 @@ class _Loop:
                 if run.step and not into_epoch:
                     due = last or epoch % config.eval_every_epochs == 0
                     if evaluate is not None and due and run.step not in notes.evaluations:
-                        accuracy = evaluate(run.state.student)
+                        accuracy = evaluate(run.state.result)
                         with held_back():
                             notes.evaluations[run.step] = accuracy
                             self._log.evaluation(run.step, epoch, accuracy.top1)

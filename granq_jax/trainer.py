@@ -44,6 +44,8 @@ class OptimizerSettings:
       student_lr: of SGD with Nesterov momentum.
       student_momentum: its momentum.
       student_weight_decay: L2 term on every parameter, batch norms and biases included.
+      student_ema_decay: of the moving average of the student's parameters over its steps, which is then
+        what a run gives; 0 gives the parameters themselves.
       generator_lr: of Adam.
       generator_betas: its decay rates.
       decay_epochs: both rates fall to a tenth at each.
@@ -54,6 +56,7 @@ class OptimizerSettings:
     student_lr: float = 1e-4
     student_momentum: float = 0.9
     student_weight_decay: float = 1e-4
+    student_ema_decay: float = 0.0
     generator_lr: float = 1e-3
     generator_betas: tuple[float, float] = (0.5, 0.999)
     decay_epochs: tuple[int, ...] = (100, 200, 300)
@@ -67,6 +70,7 @@ class OptimizerSettings:
                 "student_lr": real(0),
                 "student_momentum": real(0, 1),
                 "student_weight_decay": real(0),
+                "student_ema_decay": real(0, 1),
                 "generator_lr": real(0),
                 "generator_betas": betas(),
                 "decay_epochs": increasing_epochs(),
@@ -125,6 +129,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: number of steps taken, int32.
       generator: its variables.
       student: its variables; the teacher's tree, and where they are kept the ranges of its activations.
+      student_ema: moving average of the student's parameters; empty where there is none.
       generator_opt: optimizer state.
       student_opt: optimizer state.
     """
@@ -132,8 +137,14 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array
     generator: Variables
     student: Variables
+    student_ema: Variables
     generator_opt: optax.OptState
     student_opt: optax.OptState
+
+    @property
+    def result(self) -> Variables:
+        """The student that a run gives: with the averaged parameters where there are any."""
+        return {**self.student, "params": self.student_ema} if self.student_ema else self.student
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,6 +246,7 @@ class Trainer:
                 step=jnp.zeros((), jnp.int32),
                 generator=generator,
                 student=student,
+                student_ema=jax.tree.map(jnp.copy, student["params"]) if self.optimizers.student_ema_decay else {},
                 generator_opt=self.generator_optimizer.init(generator["params"]),
                 student_opt=self.student_optimizer.init(student["params"]),
             )

@@ -82,6 +82,30 @@ def test_zero_shot_quantize_returns_the_students_variables(teacher):
     chex.assert_tree_all_finite(student)
 
 
+@pytest.mark.slow
+def test_a_moving_average_of_the_student_is_what_a_run_gives(teacher):
+    decay = 0.75
+
+    def run_of(decay):
+        settings = OptimizerSettings(steps_per_epoch=2, warmup_epochs=1, student_lr=1e-3, student_ema_decay=decay)
+        return JointRun(make_trainer(optimizers=settings), teacher, jax.local_devices())
+
+    plain, run = run_of(0.0), run_of(decay)
+    expected = jax.tree.map(np.asarray, teacher["params"])
+    for step in range(5):
+        plain.advance(warmup=step < 2)
+        run.advance(warmup=step < 2)
+        params = jax.device_get(run.state.student["params"])
+        if step >= 2:
+            expected = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, expected, params)
+        result = jax.device_get(run.state.result)
+        chex.assert_trees_all_close(result["params"], expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal(run.state.student, plain.state.student)  # which learns as without it
+    chex.assert_trees_all_equal(plain.state.result, plain.state.student)
+    chex.assert_trees_all_equal(result["batch_stats"], jax.device_get(teacher["batch_stats"]))
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), result["params"], params)))
+
+
 def test_noise_depends_on_seed_step_and_index_only(x64):
     trainer = make_trainer()
     z, labels = sample_noise(trainer, 3, jnp.arange(8))

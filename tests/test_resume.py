@@ -21,7 +21,7 @@ MEASURED = ("seconds_per_step", "compile_seconds", "peak_rss_mb")
 SETTINGS = {
     **{"epochs": 5, "steps_per_epoch": 40, "warmup_epochs": 1, "decay_epochs": (3,), "batch_size": 16},
     **{"eval_every_epochs": 2, "checkpoint_every_epochs": 1, "log_every_steps": 9},
-    **{"teacher_training.epochs": 3},
+    **{"teacher_training.epochs": 3, "student.ema_decay": 0.9},
 }
 
 

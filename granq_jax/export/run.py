@@ -53,17 +53,18 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     check_writable(workdir)
     trainer = make_trainer(config)
     step, state = newest_state(trainer, workdir)
+    student = state.result
     folder = workdir / "export"
     folder.mkdir(exist_ok=True)
     dataset, spec = DATASETS[config.dataset], trainer.spec
-    theoretical = {key: size for key, size in storage_bytes(state.student, spec).items() if key != "teacher"}
-    sizes = {PACKED: save_packed(folder / PACKED, state.student, spec, config.network)}
+    theoretical = {key: size for key, size in storage_bytes(student, spec).items() if key != "teacher"}
+    sizes = {PACKED: save_packed(folder / PACKED, student, spec, config.network)}
     programs: dict[str, dict[str, Any]] = {
         PROGRAM: {},
         CUDA_PROGRAM: {"batch_size": config.eval_batch_size, "platforms": ("cuda",), "impl": "pallas"},
     }
     for name, how in programs.items():
-        program = export_pixels_program(trainer, dataset, state.student, **how)
+        program = export_pixels_program(trainer, dataset, student, **how)
         sizes[name] = write_bytes(folder / name, program.serialize())
     exported = {
         **describe(config),

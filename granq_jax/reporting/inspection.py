@@ -63,14 +63,15 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
 
     def look(state: TrainState) -> Inspection:
         # From the host: the state may be spread over devices, of which one is enough here.
-        variables = jax.device_get((state.generator, teacher, state.student))
+        student = state.result
+        variables = jax.device_get((state.generator, teacher, student))
         images, observations = jax.device_get(inspect(*variables))
         return Inspection(
             images.reshape(shown, a_class, *images.shape[1:]),
             classes,
             observations,
-            _other_parameters(state.student["params"]),
-            storage_bytes(state.student, trainer.spec),
+            _other_parameters(student["params"]),
+            storage_bytes(student, trainer.spec),
             activation_storage(
                 [(o.site.path, o.site.shape) for o in observations if o.site.kind == "activation"], trainer.spec
             ),
