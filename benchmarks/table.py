@@ -71,6 +71,7 @@ def grid() -> list[Cell]:
         for seed, methods in ((0, ("granq", "adadfq", "gdfq", "akt")), (1, ("granq", "adadfq")))
         for method in methods
     ]
+    cells += [Cell("cifar10_w3a3_best", "granq", {"epochs": 60, "seed": seed}) for seed in (0, 1)]
     cells.append(Cell("cifar10_w3a3", "calibration", {"epochs": 60, "warmup_epochs": 60}))
     cells.append(Cell("cifar10_w3a3", "granq", {"quant.weight_granularity": "kernel", "epochs": 60}))
     for bits in (4, 5):
@@ -168,6 +169,7 @@ def rendered(done: dict[str, dict[str, str]], cells: Iterable[Cell]) -> str:
         title = f"{title}, W{row['config.quant.weight_bits']}A{row['config.quant.act_bits']}"
         curve = ", ".join(f"{epoch}: {top1:.2f}" for epoch, top1 in json.loads(row["top1_by_epoch"]).items())
         columns = [
+            f"`{cell.config}`",
             f"`{cell.method}`",
             f"`{row['config.quant.weight_granularity']}`",
             row["config.seed"],
@@ -182,8 +184,8 @@ def rendered(done: dict[str, dict[str, str]], cells: Iterable[Cell]) -> str:
         ]
         tables.setdefault(title, []).append(f"| {' | '.join(columns)} |")
     head = (
-        "| method | weights | seed | epochs | teacher | before | final | best | bits a weight | an activation | hours "
-        "| commit | top-1 after epoch |\n" + "| --- " * 13 + "|"
+        "| config | method | weights | seed | epochs | teacher | before | final | best | bits a weight | an activation "
+        "| hours | commit | top-1 after epoch |\n" + "| --- " * 14 + "|"
     )
     commands = "\n".join(
         shlex.join([*cell.command(), f"--workdir=runs/table/{cell.name}"]) for cell in cells if cell.name in done

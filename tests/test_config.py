@@ -50,7 +50,7 @@ def test_every_config_loads_by_name_and_path_and_is_allowed(name):
     by_name, by_path = load_config(name), load_config(CONFIGS / f"{name}.py")
     assert by_name.to_dict() == by_path.to_dict()
     check_config(by_name)
-    bits = int(name[-1])
+    bits = int(name.removesuffix("_best")[-1])
     trainer = make_trainer(by_name)
     assert trainer.spec.weight_bits == trainer.spec.act_bits == bits
 
