@@ -44,13 +44,15 @@ def text() -> Check:
     return lambda v: type(v) is str, "strings"
 
 
+def decay() -> Check:
+    """Decay rates of an average."""
+    return lambda v: _is_real(v) and 0 <= v < 1, "numbers from 0 to below 1"
+
+
 def betas() -> Check:
     """Decay rates of Adam."""
-
-    def holds(v):
-        return isinstance(v, tuple) and len(v) == 2 and all(_is_real(b) and 0 <= b < 1 for b in v)
-
-    return holds, "pairs of numbers from 0 to below 1"
+    holds, allowed = decay()
+    return lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(holds, v)), f"pairs of {allowed}"
 
 
 def increasing_epochs() -> Check:

@@ -16,6 +16,7 @@ from ml_collections.config_dict import RequiredValueError
 from granq_jax.checks import Check
 from granq_jax.checks import betas as _betas
 from granq_jax.checks import choice as _choice
+from granq_jax.checks import decay as _decay
 from granq_jax.checks import increasing_epochs as _increasing_epochs
 from granq_jax.checks import real as _real
 from granq_jax.checks import text as _text
@@ -211,9 +212,9 @@ CHECKS: dict[str, Check] = {
     "quant.placement": _choice(*PLACEMENTS),
     "quant.impl": _choice(*IMPLEMENTATIONS),
     "student.lr": _real(0),
-    "student.momentum": _real(0, 1),
+    "student.momentum": _decay(),
     "student.weight_decay": _real(0),
-    "student.ema_decay": _real(0, 1),
+    "student.ema_decay": _decay(),
     "generator.lr": _real(0),
     "generator.betas": _betas(),
     "generator.conditional": _truth(),

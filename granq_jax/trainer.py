@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from granq_jax import schedules
-from granq_jax.checks import betas, check_fields, increasing_epochs, real, whole
+from granq_jax.checks import betas, check_fields, decay, increasing_epochs, real, whole
 from granq_jax.models.generator import Generator
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
@@ -68,9 +68,9 @@ class OptimizerSettings:
             self,
             {
                 "student_lr": real(0),
-                "student_momentum": real(0, 1),
+                "student_momentum": decay(),
                 "student_weight_decay": real(0),
-                "student_ema_decay": real(0, 1),
+                "student_ema_decay": decay(),
                 "generator_lr": real(0),
                 "generator_betas": betas(),
                 "decay_epochs": increasing_epochs(),

@@ -98,7 +98,7 @@ COMMAND = {
     "rate NaN": setting("student.lr", "nan", "finite"),
     "rate infinite": setting("student.lr", "inf", "finite"),
     "rate negative": setting("generator.lr", -0.1, "from 0"),
-    "momentum above 1": setting("student.momentum", 1.5, "to 1"),
+    "momentum above 1": setting("student.momentum", 1.5, "below 1"),
     "beta 1": setting("generator.betas", "(0.5, 1.0)", "below 1"),
     "one beta": setting("generator.betas", "(0.5,)", "pairs"),
     "betas cut off": setting("generator.betas", "(0.5,"),
