@@ -2,8 +2,9 @@
 
     python -m granq_jax.main --config configs/cifar10_w3a3_best.py
 
-Same network, quantization and steps an epoch as ``cifar10_w3a3``; what differs is below. What it gives, and what else
-was tried, is in docs/results.md.
+Same network, quantization and steps an epoch as ``cifar10_w3a3``; what differs is below, and what else was tried is in
+docs/results.md.
+Measured here, teacher 91.61: 88.48 and 88.68 after its 60 epochs (seeds 0 and 1, commit 7e733f2).
 """
 
 from granq_jax.configs import cifar10_w3a3
