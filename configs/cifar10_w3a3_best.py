@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
     config.epochs = 60
     config.decay_epochs = (20, 40)  # at a constant rate the student breaks down after 40
     config.student.ema_decay = 0.998  # over 500 steps: single ones jump between roundings
-    # Images that look real to the teacher, whatever the student makes of them: of L_G's terms, the discrepancy and the
-    # hinge (whose bounds no image passes) are off, and the statistics of real data count for more.
+    # No adversary: teacher and student together are to see the label (the agreement), and the statistics of real data
+    # count for more; the discrepancy, and the hinge, whose bounds no image passes, are off.
     config.loss.alpha_ds, config.loss.alpha_as = 0.0, 1.0
     config.loss.lambda_lower, config.loss.lambda_upper = 0.0, 1.0
     config.loss.gamma = 10.0
