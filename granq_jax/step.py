@@ -26,7 +26,7 @@ from granq_jax.devices import AXIS
 from granq_jax.models.layers import batch_moments
 from granq_jax.objectives import feature_maps, generator_loss, student_loss
 from granq_jax.quant import RANGES, QuantizedModel, in_full_precision, quantize
-from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
+from granq_jax.trainer import AVERAGE, Trainer, TrainState, Variables, evaluation_mode
 
 # Loss terms, and the networks whose parameters, must be finite after a step; causes before effects.
 CHECKED = ("hinge", "onehot", "bns", "loss_g", "loss_s", "generator", "student")
@@ -174,10 +174,10 @@ def update(
         student_params, student_opt = _apply_gradients(
             trainer.student_optimizer, student_grads, state.student["params"], state.student_opt
         )
-        state_after = state_after.replace(student={**state.student, "params": student_params}, student_opt=student_opt)
+        student = {**state.student, "params": student_params}
         if decay := trainer.optimizers.student_ema_decay:
-            average = optax.incremental_update(student_params, state.student_ema, 1 - decay)
-            state_after = state_after.replace(student_ema=average)
+            student[AVERAGE] = optax.incremental_update(student_params, state.student[AVERAGE], 1 - decay)
+        state_after = state_after.replace(student=student, student_opt=student_opt)
     parameters = {"generator": generator_params, "student": state_after.student["params"]}
     nonfinite = _first_nonfinite([(metrics | parameters)[name] for name in CHECKED])
     if trainer.on_nonfinite == "skip":

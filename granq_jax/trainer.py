@@ -22,6 +22,7 @@ from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import check_choice
 
 Variables = Mapping[str, Any]
+AVERAGE = "average"  # the collection of the student's averaged parameters, where they are kept
 ON_NONFINITE = ("stop", "skip")
 OBJECTIVES = ("adadfq", "gdfq")
 
@@ -128,8 +129,8 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: number of steps taken, int32.
       generator: its variables.
-      student: its variables; the teacher's tree, and where they are kept the ranges of its activations.
-      student_ema: moving average of the student's parameters; empty where there is none.
+      student: its variables; the teacher's tree, and where they are kept the ranges of its activations and
+        the moving average of its parameters.
       generator_opt: optimizer state.
       student_opt: optimizer state.
     """
@@ -137,14 +138,16 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array
     generator: Variables
     student: Variables
-    student_ema: Variables
     generator_opt: optax.OptState
     student_opt: optax.OptState
 
     @property
     def result(self) -> Variables:
         """The student that a run gives: with the averaged parameters where there are any."""
-        return {**self.student, "params": self.student_ema} if self.student_ema else self.student
+        if AVERAGE not in self.student:
+            return self.student
+        collections = {name: collection for name, collection in self.student.items() if name != AVERAGE}
+        return {**collections, "params": self.student[AVERAGE]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,11 +245,12 @@ class Trainer:
             student = jax.tree.map(jnp.copy, teacher)  # which steps may overwrite
             if self.spec.act_ranges == "moving_average":
                 student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
+            if self.optimizers.student_ema_decay:
+                student[AVERAGE] = jax.tree.map(jnp.copy, student["params"])
             return TrainState(
                 step=jnp.zeros((), jnp.int32),
                 generator=generator,
                 student=student,
-                student_ema=jax.tree.map(jnp.copy, student["params"]) if self.optimizers.student_ema_decay else {},
                 generator_opt=self.generator_optimizer.init(generator["params"]),
                 student_opt=self.student_optimizer.init(student["params"]),
             )

@@ -100,8 +100,9 @@ def test_a_moving_average_of_the_student_is_what_a_run_gives(teacher):
             expected = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, expected, params)
         result = jax.device_get(run.state.result)
         chex.assert_trees_all_close(result["params"], expected, rtol=1e-5, atol=1e-7)
-    chex.assert_trees_all_equal(run.state.student, plain.state.student)  # which learns as without it
+    chex.assert_trees_all_equal(params, jax.device_get(plain.state.student["params"]))  # which learn as without it
     chex.assert_trees_all_equal(plain.state.result, plain.state.student)
+    chex.assert_trees_all_equal_structs(result, plain.state.student)
     chex.assert_trees_all_equal(result["batch_stats"], jax.device_get(teacher["batch_stats"]))
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), result["params"], params)))
 
