@@ -1,4 +1,4 @@
-"""Compiled programs kept between runs, so that a second one starts at once."""
+"""What keeps compiling short: programs kept between runs, and those of a moment not optimized."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import jax
 import platformdirs
 
 OFF = "off"
+# Options of programs that run a few times only, which so compile twice as fast and run a little slower.
+COMPILED_FAST = {"xla_backend_optimization_level": 0}
 # Half a second is what the smaller programs of a run take to compile.
 _MIN_COMPILE_SECONDS = 0.5
 _MAX_BYTES = 2 * 1024**3  # what was not used for longest goes first

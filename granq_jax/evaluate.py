@@ -127,7 +127,7 @@ def newest_state(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
     """
     size, channels = trainer.generator.image_size, trainer.generator.channels
     images = jnp.zeros((1, size, size, channels), trainer.dtype)
-    like = jax.eval_shape(lambda: trainer.init(trainer.model.init(jax.random.key(0), images)))
+    like = trainer.state_shapes(jax.eval_shape(trainer.model.init, jax.random.key(0), images))
     if not os.path.isdir(workdir / "checkpoints"):
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
     with Checkpoints(workdir, read_only=True) as checkpoints:

@@ -13,6 +13,7 @@ made before; so both losses share one forward pass, and their gradients are two 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -206,6 +207,8 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
     ``state`` and ``teacher`` are whole on every device, ``index`` (devices, n) is split by its first
     axis; see :func:`granq_jax.devices.place`.
     """
+    if trainer.impl == "auto" and all(device.platform == "cpu" for device in devices):
+        trainer = dataclasses.replace(trainer, impl="xla")  # the kernels that it would not take need not be traced
     return jax.pmap(
         partial(step, trainer, warmup, axis_name=AXIS),
         axis_name=AXIS,

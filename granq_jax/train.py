@@ -99,7 +99,7 @@ def train_and_evaluate(
         teacher = load_teacher(config, workdir)
         trainer = make_trainer(config)
         with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-            saved = checkpoints.newest(jax.eval_shape(trainer.init, teacher))
+            saved = checkpoints.newest(trainer.state_shapes(teacher))
             notes = RunNotes(teacher=digest(teacher)) if saved is None else RunNotes.from_json(saved.notes)
             _check_goes_on(config, workdir, 0 if saved is None else saved.step, notes, digest(teacher))
             try:

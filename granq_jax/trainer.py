@@ -16,6 +16,7 @@ import optax
 
 from granq_jax import schedules
 from granq_jax.checks import betas, check_fields, decay, increasing_epochs, real, whole
+from granq_jax.compilation_cache import COMPILED_FAST
 from granq_jax.models.generator import Generator
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
@@ -235,27 +236,32 @@ class Trainer:
 
     def init(self, teacher: Variables) -> TrainState:
         """The state before the first step: a random generator, and the teacher as student."""
+        return jax.jit(self._first_state, compiler_options=COMPILED_FAST)(self._generator_key, dict(teacher))
+
+    def state_shapes(self, teacher: Variables) -> TrainState:
+        """What :meth:`init` gives as ``jax.ShapeDtypeStruct``s; ``teacher`` may consist of such too."""
+        return jax.eval_shape(self._first_state, self._generator_key, dict(teacher))
+
+    @property
+    def _generator_key(self) -> jax.Array:
         # A stream of its own, so that the weights do not repeat the noise of the steps.
-        key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
+        return jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
+
+    def _first_state(self, key: jax.Array, teacher: dict[str, Any]) -> TrainState:
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
-
-        @jax.jit  # one program, not one for every shape
-        def first(key, teacher):
-            generator = self.generator.init(key, z, labels)
-            student = jax.tree.map(jnp.copy, teacher)  # which steps may overwrite
-            if self.spec.act_ranges == "moving_average":
-                student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
-            if self.optimizers.student_ema_decay:
-                student[AVERAGE] = jax.tree.map(jnp.copy, student["params"])
-            return TrainState(
-                step=jnp.zeros((), jnp.int32),
-                generator=generator,
-                student=student,
-                generator_opt=self.generator_optimizer.init(generator["params"]),
-                student_opt=self.student_optimizer.init(student["params"]),
-            )
-
-        return first(key, flax.core.unfreeze(dict(teacher)))
+        generator = self.generator.init(key, z, labels)
+        student = jax.tree.map(jnp.copy, flax.core.unfreeze(teacher))  # which steps may overwrite
+        if self.spec.act_ranges == "moving_average":
+            student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
+        if self.optimizers.student_ema_decay:
+            student[AVERAGE] = jax.tree.map(jnp.copy, student["params"])
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            generator=generator,
+            student=student,
+            generator_opt=self.generator_optimizer.init(generator["params"]),
+            student_opt=self.student_optimizer.init(student["params"]),
+        )
 
     def _first_ranges(self, generator: Variables, student: Variables, key: jax.Array) -> Variables:
         """Where the moving averages begin: ranges on images of the generator as it is, by their collection's name."""

@@ -66,7 +66,7 @@ def test_the_step_is_traced(name):
     trainer = make_trainer(config)
     size = network(config.network).image_size
     teacher = jax.eval_shape(trainer.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    state = jax.eval_shape(trainer.init, teacher)
+    state = trainer.state_shapes(teacher)
     index = jax.ShapeDtypeStruct((1, config.batch_size), jnp.int32)
     after, metrics = jax.eval_shape(mapped_step(trainer, False, jax.devices()[:1]), state, teacher, index)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(

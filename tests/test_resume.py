@@ -41,7 +41,7 @@ def complete(workdir, *arguments, status=0, **settings):
 
 def newest(workdir):
     config = load_config(workdir / "config.json")
-    like = jax.eval_shape(make_trainer(config).init, load_teacher(config, workdir))
+    like = make_trainer(config).state_shapes(load_teacher(config, workdir))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.newest(like)
 

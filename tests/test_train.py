@@ -52,9 +52,8 @@ def metrics_of(workdir):
 
 def state_like(config):
     trainer = make_trainer(config)
-    return jax.eval_shape(
-        lambda: trainer.init(trainer.model.init(jax.random.key(0), np.ones((1, 8, 8, 1), np.float32)))
-    )
+    images = np.ones((1, 8, 8, 1), np.float32)
+    return trainer.state_shapes(jax.eval_shape(trainer.model.init, jax.random.key(0), images))
 
 
 @pytest.fixture(scope="module")

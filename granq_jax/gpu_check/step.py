@@ -105,6 +105,6 @@ def _quantized(config):
 def _lowered(config, gpu, count, impl):
     trainer = _trainer(config, impl)
     teacher, _ = _variables(trainer)
-    state = jax.eval_shape(trainer.init, teacher)
+    state = trainer.state_shapes(teacher)
     index = jax.ShapeDtypeStruct((count, trainer.batch_size // count), jnp.int32)
     return mapped_step(trainer, False, devices(gpu, count)).lower(state, teacher, index)

@@ -120,6 +120,24 @@ def _columns_at_once(width, kernel_shape, strides, padding):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x, kernel, strides, padding):
+    return _value(x, kernel, strides, padding)
+
+
+def _forward(x, kernel, strides, padding):
+    return _value(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, residuals, cotangent):
+    return _gradients(*residuals, cotangent, strides, padding)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+# Both are jitted within, not around, what is differentiated, so that a network's convolutions of one shape are
+# traced once.
+@partial(jax.jit, static_argnums=(2, 3))
+def _value(x, kernel, strides, padding):
     plain = partial(_plain, strides=strides, padding=padding)
     columns = _columns_at_once(x.shape[2], kernel.shape, strides, padding[1])
     if _is_pointwise(kernel.shape, padding):
@@ -133,12 +151,8 @@ def _convolve(x, kernel, strides, padding):
     return lax.platform_dependent(x, kernel, cpu=for_cpu, default=plain)
 
 
-def _forward(x, kernel, strides, padding):
-    return _convolve(x, kernel, strides, padding), (x, kernel)
-
-
-def _backward(strides, padding, residuals, cotangent):
-    x, kernel = residuals
+@partial(jax.jit, static_argnums=(3, 4))
+def _gradients(x, kernel, cotangent, strides, padding):
     window = kernel.shape[:2]
 
     def plain_to_x(kernel, cotangent):
@@ -166,9 +180,6 @@ def _backward(strides, padding, residuals, cotangent):
     else:
         for_cpu = narrow if _is_narrow(kernel.shape, strides) else in_parts
     return lax.platform_dependent(x, kernel, cotangent, cpu=for_cpu, default=plain)
-
-
-_convolve.defvjp(_forward, _backward)
 
 
 def _around(window, padding):

@@ -85,7 +85,7 @@ def fake_quant(
     check_bits("bits", bits)
     check_choice("impl", impl, IMPLEMENTATIONS)
     batch_is_shared = 0 not in kept_axes(granularity, x.ndim)
-    return _fake_quant(_How(bits, granularity, impl, axis_name if batch_is_shared else None), x, None, None)
+    return _straight_through(_How(bits, granularity, impl, axis_name if batch_is_shared else None), x, None, None)
 
 
 def norm_act_fake_quant(
@@ -111,7 +111,7 @@ def norm_act_fake_quant(
       activation: a key of :data:`granq_jax.models.layers.ACTIVATIONS`.
       impl: see :func:`fake_quant`.
     """
-    return _fake_quant(_How(bits, "sample_channel", impl, activation=activation), x, norm, residual)
+    return _straight_through(_How(bits, "sample_channel", impl, activation=activation), x, norm, residual)
 
 
 def _before(x, norm, residual, activation):
@@ -144,6 +144,8 @@ def _by_kernel(x, norm, residual, *, how, interpret):
     )
 
 
+# Jitted within, not around, what is differentiated, so that a network's arrays of one shape are traced once.
+@partial(jax.jit, static_argnums=0)
 def _forward(how, x, norm, residual):
     impl = how.impl if has_kernel(x, how.granularity) else "xla"
     return dispatch(impl, partial(_by_xla, how=how), partial(_by_kernel, how=how), x, norm, residual)
@@ -167,4 +169,3 @@ def _straight_through_backward(how, saved, cotangent):
 
 
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)
-_fake_quant = jax.jit(_straight_through, static_argnums=0)

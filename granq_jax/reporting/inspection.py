@@ -10,6 +10,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from granq_jax.compilation_cache import COMPILED_FAST
 from granq_jax.quant import ActivationStorage, Observation, activation_storage, quantize, storage_bytes
 from granq_jax.quant.weights import weight_paths
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
@@ -52,8 +53,7 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
     classes = np.arange(shown, dtype=np.int32) * generator.classes // shown
     labels = np.repeat(classes, a_class)
 
-    # Run a few times only: that it compiles twice as fast is worth more than that it runs a little slower.
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @partial(jax.jit, compiler_options=COMPILED_FAST)
     def inspect(generator_variables, teacher, student_variables):
         # A stream of its own: not that of the steps, nor of the generator's weights.
         key = jax.random.fold_in(jax.random.key(trainer.seed), 2**31 - 2)
