@@ -98,16 +98,18 @@ def entropy(logits):
 
 
 class JointStep:
-    """One GranQ step after another."""
+    """One GranQ step after another; ``weights`` are the teacher's state dict, random ones by default."""
 
-    def __init__(self, batch, classes, memory_format, bits=3, latent=100):
-        torch.manual_seed(0)
+    def __init__(self, batch, classes, memory_format, bits=3, latent=100, weights=None, seed=0):
+        torch.manual_seed(seed)
         self.batch, self.classes, self.latent = batch, classes, latent
         self.memory_format = MEMORY_FORMATS[memory_format]
-        self.teacher = resnet20_cifar10(num_classes=classes).to(memory_format=self.memory_format).eval()
-        self.student = (
-            quantized(resnet20_cifar10(num_classes=classes), bits).to(memory_format=self.memory_format).eval()
-        )
+        teacher, student = (resnet20_cifar10(num_classes=classes) for _ in range(2))
+        if weights is not None:
+            teacher.load_state_dict(weights)
+            student.load_state_dict(weights)
+        self.teacher = teacher.to(memory_format=self.memory_format).eval()
+        self.student = quantized(student, bits).to(memory_format=self.memory_format).eval()
         self.generator = Generator(classes).to(memory_format=self.memory_format).train()
         self.teacher.requires_grad_(False)
         self.moments: list = []  # of a teacher pass: (batch norm, variance, mean of its input)
@@ -132,8 +134,8 @@ class JointStep:
         bns = sum(mse(mean, norm.running_mean) + mse(var, norm.running_var) for norm, var, mean in self.moments)
         return hinge + onehot + bns / len(self.moments)
 
-    def __call__(self):
-        """Takes a step; returns its losses."""
+    def __call__(self, warmup=False):
+        """Takes a step, in the warm-up of the generator alone; returns its losses."""
         z = torch.randn(self.batch, self.latent)
         labels = torch.randint(0, self.classes, (self.batch,))
         images = self.generator(z, labels).contiguous(memory_format=self.memory_format)
@@ -144,6 +146,8 @@ class JointStep:
         for parameter, gradient in zip(self.generator.parameters(), gradients, strict=True):
             parameter.grad = gradient
         self.generator_optimizer.step()
+        if warmup:
+            return loss_g.item(), None
 
         s = self.student(images.detach())
         loss_s = -(20.0**2) * entropy((t.detach() - s) / 20.0).mean()
@@ -154,12 +158,14 @@ class JointStep:
 
 
 class Evaluation:
-    """Top-1 accuracy, in percent, of the student on uint8 images (N, 32, 32, 3) with labels."""
+    """Top-1 accuracy, in percent, of a student, by default a random one, on uint8 images (N, 32, 32, 3) with labels."""
 
-    def __init__(self, images, labels, batch, memory_format, mean, std, bits=3):
-        torch.manual_seed(0)
+    def __init__(self, images, labels, batch, memory_format, mean, std, student=None):
         self.memory_format = MEMORY_FORMATS[memory_format]
-        self.student = quantized(resnet20_cifar10(num_classes=10), bits).to(memory_format=self.memory_format).eval()
+        if student is None:
+            torch.manual_seed(0)
+            student = quantized(resnet20_cifar10(num_classes=10), 3)
+        self.student = student.to(memory_format=self.memory_format).eval()
         self.batches = list(
             zip(torch.from_numpy(images).split(batch), torch.from_numpy(labels).split(batch), strict=True)
         )

@@ -87,6 +87,25 @@ def test_three_joint_steps_of_the_baseline_have_our_losses(memory_format, x64, m
         np.testing.assert_allclose(theirs(), [metrics["loss_g"], metrics["loss_s"]], rtol=1e-6)
 
 
+def test_the_bundled_teacher_can_be_given_to_the_baseline():
+    from torch_baseline import JointStep
+    from torch_recipe import torch_weights
+
+    network = state_dict(CIFAR[f"net/{NAME}/keys"])
+    weights = torch_weights(NAME, load_torch(NAME, network))
+    assert weights.keys() == {name for name in network if not name.endswith("num_batches_tracked")}
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, network[name], rtol=1e-6, err_msg=name)
+    step = JointStep(batch=2, classes=10, memory_format="channels_first", weights=weights)
+    images = torch.ones(1, 3, 32, 32)
+    assert not torch.equal(step.teacher(images), step.student(images))  # which is quantized, and trains, alone
+    before = [parameter.clone() for parameter in step.student.parameters()]
+    assert step(warmup=True)[1] is None
+    assert all(map(torch.equal, before, step.student.parameters()))
+    assert step()[1] is not None
+    assert not any(map(torch.equal, before, step.student.parameters()))
+
+
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 def test_the_baseline_quantizes_as_we_do(memory_format, x64):
     from torch_baseline import MEMORY_FORMATS, FakeQuant
