@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,15 +42,14 @@ class Interruption:
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
-        """A signal that comes within is raised when the block is left."""
-        before = self._signal
+        """A signal that comes within is raised when the block is left, and one that was lost when it is entered."""
+        self._raise()
         self._held_back = True
         try:
             yield
         finally:
             self._held_back = False
-        if self._signal is not None and before is None:
-            raise Interrupted(self._signal)
+        self._raise()
 
     def agree(self) -> None:
         """Called where several processes have taken the same steps; see :mod:`granq_jax.processes`."""
@@ -57,9 +57,25 @@ class Interruption:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             return  # it is ending already, and must not lose what it saves by a second signal
+        if _in_garbage_collection(frame):
+            # What is raised there is lost.
+            threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signum]).start()
+            return
         self._signal = signum
         if not self._held_back:
-            raise Interrupted(signum)
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._signal is not None:
+            raise Interrupted(self._signal)
+
+
+def _in_garbage_collection(frame: FrameType | None) -> bool:
+    """Whether ``frame`` lies in a callback of the garbage collector; JAX has one."""
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None and frame.f_code not in callbacks:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextlib.contextmanager
