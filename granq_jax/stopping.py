@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -58,8 +60,8 @@ class Interruption:
         if self._signal is not None:
             return  # it is ending already, and must not lose what it saves by a second signal
         if _in_garbage_collection(frame):
-            # What is raised there is lost.
-            threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signum]).start()
+            # What is raised there is lost. (A thread of `threading` takes locks to start, which may be held here.)
+            _thread.start_new_thread(_send_again, (signum, threading.get_ident()))
             return
         self._signal = signum
         if not self._held_back:
@@ -68,6 +70,11 @@ class Interruption:
     def _raise(self) -> None:
         if self._signal is not None:
             raise Interrupted(self._signal)
+
+
+def _send_again(signum: int, thread: int) -> None:
+    time.sleep(0.05)
+    signal.pthread_kill(thread, signum)
 
 
 def _in_garbage_collection(frame: FrameType | None) -> bool:
