@@ -47,11 +47,11 @@ def test_a_second_signal_does_not_disturb_what_is_saved():
     def end():
         with interruptible():
             try:
-                signal.raise_signal(signal.SIGINT)
-            finally:
                 signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGINT)
                 saved.append("all")
 
-    with pytest.raises(Interrupted, match="SIGINT"):
+    with pytest.raises(Interrupted, match="SIGTERM"):
         end()
     assert saved == ["all"]
