@@ -12,7 +12,7 @@ _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _BYTES = re.compile(r"\d+")
 # An activation that is quantized in the forward pass: below a module of the model, not transposed.
-_SITE = re.compile(r"(?<!transpose\()jvp\(\w+\)/([\w/]+)/jit\(_straight_through\)")
+_SITE = re.compile(r"(?<!transpose\()jvp\(\w+\)/([\w/]+)/jit\(_fake_quant\)")
 _NORM = "/norm/"
 _FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 _CHAIN = ("reduce", "round-nearest-even", "clamp")

@@ -120,15 +120,15 @@ def _columns_at_once(width, kernel_shape, strides, padding):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x, kernel, strides, padding):
-    return _value(x, kernel, strides, padding)
+    return _convolution(x, kernel, strides, padding)
 
 
 def _forward(x, kernel, strides, padding):
-    return _value(x, kernel, strides, padding), (x, kernel)
+    return _convolution(x, kernel, strides, padding), (x, kernel)
 
 
 def _backward(strides, padding, residuals, cotangent):
-    return _gradients(*residuals, cotangent, strides, padding)
+    return _convolution_gradients(*residuals, cotangent, strides, padding)
 
 
 _convolve.defvjp(_forward, _backward)
@@ -137,7 +137,7 @@ _convolve.defvjp(_forward, _backward)
 # Both are jitted within, not around, what is differentiated, so that a network's convolutions of one shape are
 # traced once.
 @partial(jax.jit, static_argnums=(2, 3))
-def _value(x, kernel, strides, padding):
+def _convolution(x, kernel, strides, padding):
     plain = partial(_plain, strides=strides, padding=padding)
     columns = _columns_at_once(x.shape[2], kernel.shape, strides, padding[1])
     if _is_pointwise(kernel.shape, padding):
@@ -152,7 +152,7 @@ def _value(x, kernel, strides, padding):
 
 
 @partial(jax.jit, static_argnums=(3, 4))
-def _gradients(x, kernel, cotangent, strides, padding):
+def _convolution_gradients(x, kernel, cotangent, strides, padding):
     window = kernel.shape[:2]
 
     def plain_to_x(kernel, cotangent):

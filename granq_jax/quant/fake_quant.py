@@ -146,19 +146,19 @@ def _by_kernel(x, norm, residual, *, how, interpret):
 
 # Jitted within, not around, what is differentiated, so that a network's arrays of one shape are traced once.
 @partial(jax.jit, static_argnums=0)
-def _forward(how, x, norm, residual):
+def _fake_quant(how, x, norm, residual):
     impl = how.impl if has_kernel(x, how.granularity) else "xla"
     return dispatch(impl, partial(_by_xla, how=how), partial(_by_kernel, how=how), x, norm, residual)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _straight_through(how, x, norm, residual):
-    return _forward(how, x, norm, residual)
+    return _fake_quant(how, x, norm, residual)
 
 
 def _straight_through_forward(how, x, norm, residual):
     nothing_before = norm is None and residual is None and how.activation is None
-    return _forward(how, x, norm, residual), None if nothing_before else (x, norm, residual)
+    return _fake_quant(how, x, norm, residual), None if nothing_before else (x, norm, residual)
 
 
 def _straight_through_backward(how, saved, cotangent):

@@ -3,7 +3,7 @@
 from granq_jax.gpu_check.hlo import Sites, moved_bytes, sites
 
 KERNEL = "the_kernel"
-SITE = 'metadata={op_name="jit(f)/jvp(Net)/norm/jit(_straight_through)/OP"}'
+SITE = 'metadata={op_name="jit(f)/jvp(Net)/norm/jit(_fake_quant)/OP"}'
 FUSED = f"""
 ENTRY %main (x: f32[2,4,4,8], n: f32[2,8]) -> f32[2,4,4,8] {{
   %x = f32[2,4,4,8]{{3,2,1,0}} parameter(0)
