@@ -1,4 +1,4 @@
-"""GranQ's recipe in eager PyTorch for many epochs: what long runs do in code that shares nothing with ours.
+"""GranQ's recipe in eager PyTorch for many epochs: what long runs do in arithmetic that shares no code with ours.
 
     python benchmarks/torch_recipe.py --data-dir DIR [--epochs 60] [--seed 0] [--memory-format channels_first]
 

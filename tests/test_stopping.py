@@ -19,13 +19,19 @@ def test_a_signal_during_garbage_collection_is_raised_after_it():
 
     def collect_and_go_on():
         with interruptible():
-            gc.collect()
-            gc.callbacks.remove(called_by_the_collector)
+            gc.callbacks.append(called_by_the_collector)
+            try:
+                gc.collect()
+            finally:
+                gc.callbacks.remove(called_by_the_collector)
             time.sleep(60)
 
-    gc.callbacks.append(called_by_the_collector)
-    with pytest.raises(Interrupted, match="SIGTERM"):
-        collect_and_go_on()
+    gc.disable()  # so that the collector calls when it is told to, and then only
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            collect_and_go_on()
+    finally:
+        gc.enable()
     assert phases == ["start", "stop", "goes on"]
 
 
