@@ -1,10 +1,10 @@
-"""What values of settings are allowed, each as a test and as the words that say it."""
+"""What values of settings and arguments are allowed, each as a test and as the words that say it."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Check = tuple[Callable[[Any], bool], str]
@@ -82,6 +82,13 @@ def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
         value = getattr(owner, field)
         if not holds(value):
             raise ValueError(f"{type(owner).__name__}.{field}: got {value!r}, allowed are {allowed}")
+
+
+def check_choice(field: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raises a ``ValueError`` naming ``field`` if ``value`` is not one of ``allowed``."""
+    holds, words = choice(*allowed)
+    if not holds(value):
+        raise ValueError(f"{field}: got {value!r}, allowed are {words}")
 
 
 _MAX = 1.7976931348623157e308

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
+from granq_jax.checks import check_choice
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
 from granq_jax.devices import AXIS, place, sample_index
 from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
-from granq_jax.quant.spec import check_choice
 from granq_jax.record import check_writable, describe, versions, write_json
 from granq_jax.splits import Split, batches
 from granq_jax.teachers import TRAINED_TEACHER, load_teacher

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from granq_jax.quant.spec import check_choice
+from granq_jax.checks import check_choice
 
 _GRANQ: Mapping[str, Any] = {
     "quant.act_granularity": "sample_channel",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from granq_jax.checks import check_fields, real, truth, whole
 from granq_jax.devices import AXIS, place, sample_index, settle
 from granq_jax.progress import Progress
 from granq_jax.splits import Batch, Split, ahead
@@ -37,6 +38,9 @@ class PretrainSettings:
         images, resized parts of photographs. They cost less and hardly teach less.
       small_epochs: how many epochs begin the training so; 0 is none.
       seed: of initialisation, order and augmentation.
+
+    Raises:
+      ValueError: for a value that is not allowed.
     """
 
     epochs: int
@@ -49,6 +53,23 @@ class PretrainSettings:
     small_size: int = 0
     small_epochs: int = 0
     seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "epochs": whole(1),
+                "batch_size": whole(1),
+                "lr": real(0, low_open=True),
+                "weight_decay": real(0),
+                "label_smoothing": real(0, 1),
+                "max_shift": whole(0),
+                "flip": truth(),
+                "small_size": whole(1 if self.small_epochs else 0),
+                "small_epochs": whole(0),
+                "seed": whole(0),
+            },
+        )
 
 
 class PretrainState(flax.struct.PyTreeNode):
@@ -140,17 +161,26 @@ def pretrain(
     return state.variables
 
 
-def check_batches(settings: PretrainSettings, split: Split, devices: Sequence[jax.Device]) -> np.ndarray:
-    """Raises a ``ValueError`` if a batch is larger than ``split`` or does not divide over ``devices``.
+def check_batches(
+    settings: PretrainSettings, split: Split, devices: Sequence[jax.Device], owner: str = "PretrainSettings"
+) -> np.ndarray:
+    """Raises a ``ValueError`` unless batches as in ``settings``, called ``owner``, can be made of ``split``.
+
+    They must not be larger than it, divide over ``devices``, and have small images no larger than its own.
 
     Returns:
       The places of a batch that fall to this process, as :func:`granq_jax.devices.sample_index` does.
     """
-    share = sample_index(settings.batch_size, devices, "config.teacher_training.batch_size")
+    share = sample_index(settings.batch_size, devices, f"{owner}.batch_size")
     if settings.batch_size > len(split):
         raise ValueError(
-            f"config.teacher_training.batch_size: got {settings.batch_size}, "
+            f"{owner}.batch_size: got {settings.batch_size}, "
             f"allowed are whole numbers up to the {len(split)} training images"
+        )
+    if settings.small_epochs and settings.small_size > split.dataset.image_size:
+        raise ValueError(
+            f"{owner}.small_size: got {settings.small_size}, "
+            f"allowed are whole numbers up to the images' {split.dataset.image_size} pixels"
         )
     return share
 

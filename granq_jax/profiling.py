@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from granq_jax.build import check_devices, make_trainer
 from granq_jax.config import check_config
 from granq_jax.joint_run import JointRun
 from granq_jax.processes import is_first
-from granq_jax.record import describe, versions, write_json
+from granq_jax.record import check_writable, describe, versions, write_json
 from granq_jax.teachers import check_teacher, load_teacher
+from granq_jax.workdir import locked
 
 WARM_STEPS = 3
 TRACED_STEPS = 5
@@ -58,13 +59,21 @@ def profile(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       What ``profile.json`` holds.
 
     Raises:
-      ValueError, TypeError, OSError, ImportError: for a setting or teacher that cannot be used.
+      ValueError, TypeError, OSError, ImportError: for a setting or teacher that cannot be used, or a
+        ``workdir`` that cannot be written to, or that another process uses.
     """
     check_config(config)
     workdir = Path(workdir)
     devices = jax.devices()
     check_devices(config, devices)
     check_teacher(config)
+    if is_first():
+        check_writable(workdir)
+    with locked(workdir):
+        return _profiled(config, workdir, devices)
+
+
+def _profiled(config: ConfigDict, workdir: Path, devices: Sequence[jax.Device]) -> dict[str, Any]:
     teacher = load_teacher(config, workdir)
     run = JointRun(make_trainer(config), teacher, devices)
     for _ in range(WARM_STEPS):

@@ -11,12 +11,13 @@ from pathlib import Path
 from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.record import write_text
 from granq_jax.reporting import REPORT, comparison_page, read_run, run_page
+from granq_jax.stopping import RunError
 
 COMPARISON = "comparison.html"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes a page. Returns the exit status: 0, or 2 if what was asked for is not allowed."""
+    """Writes a page. Returns the exit status: 0, 1 for damaged checkpoints, 2 for what is not allowed."""
     parser = argparse.ArgumentParser(
         prog="python -m granq_jax.report",
         description="Makes a run's report from its files, or a page that sets several runs side by side.",
@@ -36,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_compilation_cache()
         runs = [read_run(workdir) for workdir in workdirs]
         write_text(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RunError) else 2
     print(output)
     return 0
 

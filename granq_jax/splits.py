@@ -14,6 +14,8 @@ from typing import TypeVar
 import numpy as np
 import PIL.Image
 
+from granq_jax.stopping import RunError
+
 T = TypeVar("T")
 Batch = tuple[np.ndarray, np.ndarray]
 ALL = slice(None)
@@ -96,6 +98,8 @@ class MemorySplit:
 class EncodedSplit:
     """Photographs of any size, read and decoded when they are asked for, several at a time.
 
+    One that cannot be raises a :class:`~granq_jax.stopping.RunError`.
+
     Attributes:
       dataset: what they are.
       size: how many there are.
@@ -141,9 +145,12 @@ class EncodedSplit:
                 image.info.pop("transparency", None)  # dropped by convert, which would warn of it
                 return np.asarray(crop(image.convert("RGB"), size))
             except Exception as error:  # Pillow's decoders have errors of many kinds
-                raise ValueError(f"config.data_dir: {self.name(index)} cannot be decoded: {error}") from error
+                raise RunError(f"config.data_dir: {self.name(index)} cannot be decoded: {error}") from error
 
-        encoded, labels = zip(*self.read(indices.tolist()), strict=True)
+        try:
+            encoded, labels = zip(*self.read(indices.tolist()), strict=True)
+        except Exception as error:  # of the disk, or of whatever TFDS reads with
+            raise RunError(f"config.data_dir: images cannot be read: {error}") from error
         # Pillow lets go of the interpreter while it decodes and resizes.
         images = self._pool.map(decoded, indices, encoded, crops)
         return np.stack(list(images)), np.array(labels, np.int32)

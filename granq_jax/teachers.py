@@ -26,7 +26,7 @@ from granq_jax.torch_import import load_torch
 from granq_jax.trainer import Variables
 
 BUNDLED = "bundled"
-TRAINED_TEACHER = "teacher.safetensors"
+TRAINED_TEACHER, TEACHER_RESULT = "teacher.safetensors", "teacher.json"  # the latter by --mode train_teacher alone
 _BUNDLE = Path(__file__).parent / "bundled"
 TEACHER_TRAINING = "teacher_training"
 _SETTINGS = "settings.json"
@@ -91,12 +91,20 @@ def _read_teacher(config: ConfigDict, workdir: Path) -> Variables | None:
     return load_torch(config.network, config.teacher)
 
 
-def check_new_teacher(config: ConfigDict, workdir: Path) -> None:
-    """Raises as :func:`load_teacher` would, where no teacher has been trained yet; writes nothing."""
-    if config.teacher == TRAIN_A_TEACHER:
+def check_loads(config: ConfigDict, workdir: Path, anew: bool) -> None:
+    """Raises as :func:`load_teacher` would, as far as that is known before training; writes nothing.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      anew: as if no teacher had been trained there.
+    """
+    if anew:
         _training_split(config)
-    else:
-        _read_teacher(config, workdir)
+    elif _read_teacher(config, workdir) is None:
+        _training_split(config)
+        if (workdir / TEACHER_TRAINING / _SETTINGS).exists():
+            _check_same_settings(config, workdir)
 
 
 def _bundled_networks() -> list[str]:
@@ -153,7 +161,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
 
 def _training_split(config: ConfigDict) -> Split:
     split = load_split(config.dataset, "train", config.data_dir)
-    check_batches(_pretrain_settings(config), split, jax.devices())
+    check_batches(_pretrain_settings(config), split, jax.devices(), "config.teacher_training")
     return split
 
 

@@ -188,9 +188,11 @@ def _listed(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def _to_numpy(key: str, value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):  # a PyTorch tensor; numpy knows no bfloat16 of its
-        value = value.detach().float() if str(value.dtype) == "torch.bfloat16" else value.detach()
     try:
+        if hasattr(value, "detach"):  # a PyTorch tensor, perhaps on a GPU
+            value = value.detach().cpu()
+            if str(value.dtype) == "torch.bfloat16":  # which numpy does not know
+                return np.asarray(value.float()).astype(jnp.bfloat16)
         return np.asarray(value)
     except Exception as error:  # whatever an object that is no array does
         raise ValueError(f"teacher: {key} is a {type(value).__name__} that is no array") from error

@@ -29,9 +29,17 @@ from granq_jax.reporting import REPORT, Inspection, RunRecord, image_grid, inspe
 from granq_jax.run_notes import RunNotes
 from granq_jax.splits import Split
 from granq_jax.stopping import Interrupted, Interruption, RunError, interruptible
-from granq_jax.teachers import TRAINED_TEACHER, check_new_teacher, check_teacher, load_teacher
+from granq_jax.teachers import check_loads, check_teacher, load_teacher
 from granq_jax.trainer import TrainState, Variables
-from granq_jax.workdir import RESULT, check_workdir, finished_result, locked, note_config, remove_run
+from granq_jax.workdir import (
+    RESULT,
+    check_workdir,
+    finished_result,
+    locked,
+    note_config,
+    remove_run,
+    teacher_is_of_run,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,13 +89,14 @@ def train_and_evaluate(
             check_teacher(config)
         check_devices(config, devices)
         split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
-        if is_first() and config.teacher == TRAIN_A_TEACHER and not (workdir / TRAINED_TEACHER).exists():
-            check_new_teacher(config, workdir)
+        if is_first() and config.teacher == TRAIN_A_TEACHER:
+            check_loads(config, workdir, anew=overwrite and teacher_is_of_run(workdir))
 
     def finished_before() -> dict[str, Any] | None:
         if overwrite:
-            check_new_teacher(config, workdir)
-            remove_run(workdir, and_teacher=config.teacher == TRAIN_A_TEACHER)
+            anew = config.teacher == TRAIN_A_TEACHER and teacher_is_of_run(workdir)
+            check_loads(config, workdir, anew)
+            remove_run(workdir, and_teacher=anew)
         check_workdir(config, workdir)  # again: another run may have been there
         return finished_result(config, workdir)
 

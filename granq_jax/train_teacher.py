@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from granq_jax.evaluate import float_accuracy, percentages
 from granq_jax.models.registry import create_model
 from granq_jax.processes import check_alike, is_first, together
 from granq_jax.record import check_writable, peak_rss_mb, versions, write_json
-from granq_jax.teachers import TRAINED_TEACHER, run_training
+from granq_jax.splits import Split
+from granq_jax.teachers import TEACHER_RESULT, TEACHER_TRAINING, TRAINED_TEACHER, run_training
 from granq_jax.workdir import locked
 
 
@@ -43,7 +45,9 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     with together():
         check_config(config)
         if is_first():
-            if os.path.exists(workdir / TRAINED_TEACHER):
+            # Without a result it was broken off while it was evaluated.
+            broken_off = (workdir / TEACHER_TRAINING).is_dir() and not (workdir / TEACHER_RESULT).exists()
+            if os.path.exists(workdir / TRAINED_TEACHER) and not broken_off:
                 raise ValueError(
                     f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away"
                 )
@@ -51,7 +55,13 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         check_devices(config, devices)
         split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
     with locked(workdir):
-        variables, seconds = run_training(config, workdir)
+        return _trained_and_evaluated(config, workdir, split, devices)
+
+
+def _trained_and_evaluated(
+    config: ConfigDict, workdir: Path, split: Split | None, devices: Sequence[jax.Device]
+) -> dict[str, Any]:
+    variables, seconds = run_training(config, workdir)
     accuracy = None
     if split is not None:
         accuracy = float_accuracy(create_model(config.network), split, config.eval_batch_size, devices)(variables)
@@ -68,5 +78,5 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "processes": jax.process_count(),
         "versions": versions(),
     }
-    write_json(workdir / "teacher.json", result)
+    write_json(workdir / TEACHER_RESULT, result)
     return result

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from granq_jax import schedules
-from granq_jax.checks import betas, check_fields, decay, increasing_epochs, real, whole
+from granq_jax.checks import betas, check_choice, check_fields, decay, increasing_epochs, real, whole
 from granq_jax.compilation_cache import COMPILED_FAST
 from granq_jax.models.generator import Generator
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
-from granq_jax.quant.spec import check_choice
 
 Variables = Mapping[str, Any]
 AVERAGE = "average"  # the collection of the student's averaged parameters, where they are kept

@@ -19,10 +19,13 @@ from granq_jax.metrics import EVENTS, METRICS
 from granq_jax.processes import is_first, together
 from granq_jax.record import STARTS, check_writable, write_json
 from granq_jax.reporting import REPORT
-from granq_jax.teachers import TEACHER_TRAINING, TRAINED_TEACHER
+from granq_jax.teachers import TEACHER_RESULT, TEACHER_TRAINING, TRAINED_TEACHER
 
 _CONFIG, _LOCK, RESULT = "config.json", "run.lock", "result.json"
-_OWN_FILES = (_CONFIG, STARTS, METRICS, EVENTS, RESULT, REPORT, "checkpoints", "evaluation.json", "profile")
+_OWN_FILES = (
+    *(_CONFIG, STARTS, METRICS, EVENTS, RESULT, REPORT, "checkpoints"),
+    *("evaluation.json", "profile", "profile.json", "export"),
+)
 
 # Settings that a run may go on with when they have changed: they say how long it lasts, what is
 # written and kept, and where inputs lie. Whether a teacher is still the same one is seen by its weights.
@@ -39,6 +42,7 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
     """Raises a ``ValueError`` unless a run with ``config`` may begin or go on in ``workdir``; writes nothing."""
     check_writable(workdir)
     if overwrite:
+        _check_own(workdir)
         return
     if not (workdir / _CONFIG).exists():
         # Without a checkpoint in it, checkpoints/ may be of a run that was killed before it began.
@@ -62,6 +66,26 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
                 f"config.{key}: got {asked[key]!r}, but the run in {str(workdir)!r} was begun with {begun[key]!r}, and "
                 f"it can go on with that only; give another --workdir, or replace the run with --overwrite"
             )
+    ended, has_checkpoints = (workdir / RESULT).exists(), any((workdir / "checkpoints").glob("[0-9]*"))
+    if ended and not has_checkpoints and finished_result(config, workdir) is None:
+        raise ValueError(
+            f"workdir: {str(workdir)!r} holds {RESULT} of a run but no checkpoint to go on from; "
+            "give another one, or replace the run with --overwrite"
+        )
+
+
+def _check_own(workdir: Path) -> None:
+    """Raises a ``ValueError`` if what is named as a run's files seems not to be written by one."""
+    there = [name for name in _OWN_FILES if os.path.lexists(workdir / name)]
+    if not there or any((workdir / name).exists() for name in (_LOCK, STARTS)):
+        return
+    try:
+        load_config(workdir / _CONFIG)
+    except ValueError:
+        raise ValueError(
+            f"workdir: {str(workdir)!r} holds {', '.join(there)}, but nothing says that a run wrote it; "
+            "give another one, or move it away"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -109,6 +133,14 @@ def _locked_here(workdir: Path) -> Iterator[None]:
             raise
 
 
+def teacher_is_of_run(workdir: Path) -> bool:
+    """Whether the teacher in ``workdir`` was trained by the run there, not by ``--mode train_teacher``."""
+    if not (workdir / TEACHER_RESULT).exists():
+        with contextlib.suppress(ValueError):  # no run there, or a damaged one
+            return load_config(workdir / _CONFIG).teacher == TRAIN_A_TEACHER
+    return False
+
+
 def remove_run(workdir: Path, and_teacher: bool) -> None:
     """Removes what a run has written to ``workdir``, and nothing else.
 
@@ -116,24 +148,21 @@ def remove_run(workdir: Path, and_teacher: bool) -> None:
       workdir: of the run.
       and_teacher: whether to remove the teacher that it trained, too.
     """
-    own = list(_OWN_FILES)
-    if and_teacher and not (workdir / "teacher.json").exists():  # that is of --mode train_teacher
-        with contextlib.suppress(ValueError):  # none there, or a damaged one
-            if load_config(workdir / _CONFIG).teacher == TRAIN_A_TEACHER:
-                own += [TRAINED_TEACHER, TEACHER_TRAINING]
-    for name in own:
+    for name in (*_OWN_FILES, *((TRAINED_TEACHER, TEACHER_TRAINING) if and_teacher else ())):
         path = workdir / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
 def finished_result(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
-    """The result of the run in ``workdir`` if it has taken all its steps; ``None`` otherwise."""
-    with contextlib.suppress(OSError, ValueError, KeyError):  # none there, or a damaged one: it is written again
+    """The result of the run in ``workdir`` if it has taken all its steps, with this teacher; ``None`` otherwise."""
+    # None there, or a damaged one: it is written again.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         result = json.loads((workdir / RESULT).read_text())
-        if result["steps"] == config.epochs * config.steps_per_epoch:
+        # Whether a teacher elsewhere is the same one, its weights have to tell.
+        if result["steps"] == config.epochs * config.steps_per_epoch and result["teacher"] == config.teacher:
             return result
     return None
 

@@ -169,3 +169,12 @@ def test_torchvisions_resnet50_is_not_pytorchcvs():
     tensors = TORCHVISION["resnet50b"]().state_dict()
     with one_line_error(ValueError, "teacher", "torchvision", "'resnet50'", "resnet50b"):
         load_torch("resnet50", tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_of_tensors_are_kept(dtype):
+    tensors = PYTORCHCV["resnet20_cifar10"]().to(dtype).state_dict()
+    variables = load_torch("resnet20_cifar10", tensors)
+    assert {f"torch.{leaf.dtype.name}" for leaf in jax.tree.leaves(variables)} == {str(dtype)}
+    head = variables["params"]["head"]["kernel"].astype(np.float32)
+    np.testing.assert_array_equal(head, tensors["output.weight"].float().numpy().T)

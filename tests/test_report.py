@@ -40,6 +40,19 @@ def test_a_line_cut_off_by_a_kill_does_no_harm(tmp_path):
     assert main([str(tmp_path / "run")]) == 0
 
 
+def test_a_run_of_which_nothing_can_be_read(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    write_run(workdir)
+    (workdir / "result.json").write_text("[]")
+    assert main([str(workdir)]) == 2
+    assert "result.json' is damaged" in capsys.readouterr().err
+    for path in (workdir / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert main([str(workdir)]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from granq_jax.data import load_split
 from granq_jax.splits import Dataset, EncodedSplit, MemorySplit, RandomCrop, ahead, batches, centre_crop
+from granq_jax.stopping import RunError
 from tests.conftest import one_line_error
 
 SMALL = Dataset(10, 24, 3, 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
@@ -270,5 +271,13 @@ def test_no_more_is_made_ahead_than_was_asked_for(count):
 
 def test_a_broken_photograph_is_named():
     split = EncodedSplit(SMALL, 2, lambda indices: [(b"no image", 0)] * len(indices), "photograph {}".format)
-    with one_line_error(ValueError, "config.data_dir", "photograph 1", "cannot be decoded"):
+    with one_line_error(RunError, "config.data_dir", "photograph 1", "cannot be decoded"):
         split.examples(np.array([1]))
+
+
+def test_photographs_that_cannot_be_read_are_no_fault_of_the_run():
+    def read(indices):
+        raise FileNotFoundError(2, "No such file", "photograph.jpg")
+
+    with one_line_error(RunError, "config.data_dir", "cannot be read", "photograph.jpg"):
+        EncodedSplit(SMALL, 2, read, "photograph {}".format).examples(np.array([1]))

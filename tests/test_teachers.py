@@ -9,6 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import granq_jax.teachers
+import granq_jax.train_teacher
 from granq_jax import load_config, load_torch, zoo
 from granq_jax.checkpoint import save_variables
 from granq_jax.evaluate import evaluate_run
@@ -68,6 +69,20 @@ def test_training_goes_on_where_it_was_broken_off(trained, tmp_path, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     with one_line_error(ValueError, "workdir", "already holds a teacher"):
         train_teacher(tiny_config(), tmp_path)
+
+
+def test_training_that_ended_within_its_evaluation_is_completed(trained, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(granq_jax.train_teacher, "float_accuracy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(tiny_config(), tmp_path)
+    assert (tmp_path / "teacher.safetensors").exists()
+    result = train_teacher(tiny_config(), tmp_path)
+    assert result["teacher_top1"] == trained[1]["teacher_top1"]
+    assert losses_of(tmp_path) == losses_of(trained[0])
 
 
 def test_a_teacher_is_evaluated_alone(trained, tmp_path):

@@ -1,10 +1,21 @@
 """Who may use a run's directory, and what may be there."""
 
+import json
+import os
+
 import pytest
 
-from granq_jax import load_config
+from granq_jax import load_config, train_and_evaluate
 from granq_jax.config import CHECKS
-from granq_jax.workdir import MAY_CHANGE, check_workdir, locked, note_config, remove_run
+from granq_jax.workdir import (
+    MAY_CHANGE,
+    check_workdir,
+    finished_result,
+    locked,
+    note_config,
+    remove_run,
+    teacher_is_of_run,
+)
 from tests.conftest import one_line_error
 
 
@@ -74,13 +85,63 @@ def test_only_a_runs_own_files_are_removed(begun):
     for name in ("checkpoints/20", "profile", "teacher_training", "figures"):
         (begun / name).mkdir(parents=True)
     (begun / "teacher.json").touch()  # of --mode train_teacher
-    remove_run(begun, and_teacher=True)
+    assert not teacher_is_of_run(begun)
+    remove_run(begun, and_teacher=False)
     left = {"notes.txt", "figures", "teacher.json", "teacher.safetensors", "teacher_training"}
     assert {path.name for path in begun.iterdir()} == left
     note_config(config_with(), begun)
     (begun / "teacher.json").unlink()
-    remove_run(begun, and_teacher=False)
-    assert {path.name for path in begun.iterdir()} == left - {"teacher.json"}
-    note_config(config_with(), begun)
+    assert teacher_is_of_run(begun)
     remove_run(begun, and_teacher=True)
     assert {path.name for path in begun.iterdir()} == {"notes.txt", "figures"}
+
+
+def test_a_directory_elsewhere_is_left_alone(begun, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("scratch")
+    (elsewhere / "20").mkdir()
+    (begun / "checkpoints").symlink_to(elsewhere)
+    remove_run(begun, and_teacher=False)
+    assert not os.listdir(begun)
+    assert os.listdir(elsewhere) == ["20"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints"])
+def test_files_that_no_run_wrote_are_not_replaced(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).write_text('{"theme": "dark"}')
+    with one_line_error(ValueError, "workdir", str(tmp_path), name, "nothing says that a run wrote it"):
+        train_and_evaluate(config_with(), tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("trained", ["teacher.safetensors", "teacher_training"])
+def test_nothing_is_removed_if_the_teacher_there_cannot_be_used(begun, trained):
+    settings = json.dumps({"seed": 0})
+    (begun / "teacher_training").mkdir()
+    (begun / "teacher_training" / "settings.json").write_text(settings)
+    for name in ("teacher.json", "metrics.jsonl", trained):
+        if trained != "teacher_training" or name != trained:
+            (begun / name).touch()
+    before = set(os.listdir(begun))
+    with one_line_error(ValueError, "workdir", str(begun), "a teacher trained with"):
+        train_and_evaluate(config_with(seed=1), begun, overwrite=True)
+    assert set(os.listdir(begun)) == before
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(begun):
+    config = config_with()
+    result = {"steps": config.epochs * config.steps_per_epoch, "teacher": config.teacher}
+    (begun / "result.json").write_text(json.dumps(result))
+    check_workdir(config, begun)
+    assert finished_result(config, begun) == result
+    for changes in ({"epochs": config.epochs + 1}, {"teacher": "other.npz"}):
+        assert finished_result(config_with(**changes), begun) is None
+        with one_line_error(ValueError, "workdir", str(begun), "result.json", "no checkpoint", "--overwrite"):
+            check_workdir(config_with(**changes), begun)
+    (begun / "checkpoints" / "2000").mkdir(parents=True)
+    check_workdir(config_with(epochs=config.epochs + 1), begun)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", "{}"])
+def test_a_damaged_result_is_none(begun, content):
+    (begun / "result.json").write_text(content)
+    assert finished_result(config_with(), begun) is None

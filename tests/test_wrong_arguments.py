@@ -25,6 +25,8 @@ from granq_jax import (
     zoo,
 )
 from granq_jax.data import load_split
+from granq_jax.export import export_program
+from granq_jax.pretrain import PretrainSettings, pretrain
 from tests.conftest import one_line_error
 from tests.test_tensor_files import state_dict
 
@@ -60,6 +62,11 @@ def with_nan(tree):
 def trainer(**changes):
     parts = {"model": Net(), "generator": Generator(classes=10, image_size=8, channels=1), "spec": OPERAND}
     return Trainer(**{**parts, **changes})
+
+
+def pretrain_settings(**changes):
+    settings = {"epochs": 1, "batch_size": 8, "lr": 0.1, "weight_decay": 0.0, "max_shift": 1, "flip": False, "seed": 0}
+    return PretrainSettings(**{**settings, **changes})
 
 
 def quantized(images=IMAGES, model=None, **fields):
@@ -146,6 +153,30 @@ LIBRARY = {
     ),
     "unknown data set": (lambda: load_split("mnist", "test"), ValueError, ("dataset", "'mnist'", "'digits'")),
     "unknown split": (lambda: load_split("digits", "val"), ValueError, ("split", "'val'", "'train'")),
+    "training in batches of 0": (
+        lambda: pretrain_settings(batch_size=0),
+        *(ValueError, ("PretrainSettings.batch_size", "0", "from 1")),
+    ),
+    "training on windows of 0 pixels": (
+        lambda: pretrain_settings(small_epochs=1),
+        *(ValueError, ("PretrainSettings.small_size", "0", "from 1")),
+    ),
+    "training on windows larger than the images": (
+        lambda: pretrain(Net(), load_split("digits", "train"), pretrain_settings(small_epochs=1, small_size=9)),
+        *(ValueError, ("PretrainSettings.small_size", "9", "8 pixels")),
+    ),
+    "training in batches larger than the data": (
+        lambda: pretrain(Net(), load_split("digits", "train"), pretrain_settings(batch_size=2000)),
+        *(ValueError, ("PretrainSettings.batch_size", "2000", "1437")),
+    ),
+    "program with kernels for CPUs": (
+        lambda: export_program(Net(), OPERAND, variables(Net()), (8, 8, 1), batch_size=2, impl="pallas"),
+        *(ValueError, ("platforms", "'cpu'", "('cuda',)")),
+    ),
+    "program that decides later": (
+        lambda: export_program(Net(), OPERAND, variables(Net()), (8, 8, 1), impl="auto"),
+        *(ValueError, ("impl", "'auto'", "'xla', 'pallas'")),
+    ),
     "generator of no classes": (lambda: Generator(classes=0), ValueError, ("Generator.classes", "0", "from 1")),
     "generator of odd size": (
         lambda: Generator(classes=10, image_size=30),

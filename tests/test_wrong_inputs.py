@@ -251,6 +251,7 @@ COMMAND = {
         ("workdir", "f/run"),
         {"f": b""},
     ),
+    "workdir of a profile in a file": ([DIGITS, "--workdir=f/run", "--mode=profile"], ("workdir", "f/run"), {"f": b""}),
     "evaluation of no run": (["--mode=evaluate", "--workdir=none"], ("--workdir", "'none'")),
     "evaluation of a damaged config": (
         ["--mode=evaluate", "--workdir=r"],

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from granq_jax.checks import check_choice
 from granq_jax.export.bits import pack, unpack
 from granq_jax.quant import QuantizedArray, QuantSpec, quantize_params, weight_paths, without_weights
 from granq_jax.quant.affine import affine_values
-from granq_jax.quant.spec import check_choice
 from granq_jax.quant.weights import quantize_weight
 from granq_jax.record import write_bytes
 from granq_jax.tensor_files import open_safetensors

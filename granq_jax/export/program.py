@@ -11,6 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from granq_jax.checks import check_choice
 from granq_jax.export.packed import weight_codes, weight_values
 from granq_jax.quant import QuantSpec, quantize, without_weights
 
@@ -44,7 +45,7 @@ def export_program(
       prepare: from these to what the model takes, for example their normalisation.
       batch_size: ``None`` leaves it free.
       platforms: those that the program can run on.
-      impl: see :func:`granq_jax.fake_quant`; kernels (``"pallas"``) need a fixed batch size, and CUDA alone.
+      impl: ``"xla"``; or ``"pallas"``, with the package's kernels, for a fixed batch size and CUDA alone.
       **call: arguments of the model's call, such as ``train=False``.
 
     Returns:
@@ -53,7 +54,7 @@ def export_program(
       months of its releases after the one it was made with; of kernels it promises nothing.
 
     Raises:
-      ValueError: if a weight holds NaN or infinity, or ``impl="pallas"`` is asked for with a free batch size.
+      ValueError: if a weight holds NaN or infinity, or for an ``impl`` that is not allowed.
 
     Examples:
       >>> model, shape = nn.Sequential([nn.Conv(2, (3, 3)), lambda x: x.mean((1, 2))]), (8, 8, 1)
@@ -62,8 +63,11 @@ def export_program(
       >>> jax.export.deserialize(exported.serialize()).call(jnp.zeros((5, *shape))).shape
       (5, 2)
     """
+    check_choice("impl", impl, ("xla", "pallas"))
     if impl == "pallas" and batch_size is None:
         raise ValueError("batch_size: got None with impl='pallas', allowed is a whole number")
+    if impl == "pallas" and tuple(platforms) != ("cuda",):
+        raise ValueError(f"platforms: got {tuple(platforms)} with impl='pallas', allowed is ('cuda',)")
     weights = weight_codes(variables["params"], spec)
     student = quantize(model, without_weights(spec), impl=impl)
 

@@ -26,10 +26,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from granq_jax.checks import check_choice
 from granq_jax.kernels import codes as codes_kernel
 from granq_jax.kernels.sweeps import MIN_RANGE
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
-from granq_jax.quant.spec import check_bits, check_choice, kept_axes
+from granq_jax.quant.spec import check_bits, kept_axes
 
 
 class QuantizedArray(flax.struct.PyTreeNode):

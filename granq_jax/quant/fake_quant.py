@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from granq_jax.checks import check_choice
 from granq_jax.kernels import out_channel, sample_channel
 from granq_jax.models.layers import ACTIVATIONS
 from granq_jax.quant.affine import (
@@ -22,7 +23,7 @@ from granq_jax.quant.affine import (
     over_groups,
 )
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
-from granq_jax.quant.spec import check_bits, check_choice, kept_axes
+from granq_jax.quant.spec import check_bits, kept_axes
 
 
 class FrozenNorm(NamedTuple):

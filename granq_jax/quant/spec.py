@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from granq_jax.checks import check_choice
+
 MIN_BITS, MAX_BITS = 2, 8
 
 WEIGHT_GRANULARITIES = ("out_channel", "kernel", "tensor")
@@ -19,13 +21,6 @@ PLACEMENTS = ("activation", "operand")
 
 _OVERRIDE = "a pair of a regular expression and a dict of fields"
 _OVERRIDABLE = ("weight_bits", "act_bits", "weight_granularity", "act_granularity")
-
-
-def check_choice(field: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raises a ``ValueError`` naming ``field`` if ``value`` is not one of ``allowed``."""
-    allowed = tuple(allowed)
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{field}: got {value!r}, allowed are {', '.join(map(repr, allowed))}")
 
 
 def check_bits(field: str, value: Any) -> None:

@@ -15,13 +15,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from granq_jax.checks import check_choice
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
 from granq_jax.quant import integer
 from granq_jax.quant.affine import QuantizedArray, quantize_codes
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
 from granq_jax.quant.ranges import RANGES, codes_within, fake_quant_within, measured, moved
-from granq_jax.quant.spec import QuantSpec, check_choice, in_full_precision
+from granq_jax.quant.spec import QuantSpec, in_full_precision
 from granq_jax.quant.storage import effective_act_bits, effective_bits
 from granq_jax.quant.weights import quantize_params, quantize_weight, weight_paths, weight_range
 
@@ -221,7 +222,7 @@ class QuantizedModel:
                 x = quantized(module, call_args[0] if call_args else call_kwargs.pop("inputs"))
                 y = on_codes(module, x)
                 return next_call(x, *call_args[1:], **call_kwargs) if y is None else y
-            named = {wanted for wanted in self.spec.activation_modules if _is_of_class(module, wanted)}
+            named = {wanted for wanted in self.spec.activation_modules if _is_of_class(type(module), wanted)}
             matched_modules.update(named)
             if codes and isinstance(module, OPERAND_MODULES):
                 y = on_codes(module, call_args[0] if call_args else call_kwargs["inputs"])
@@ -241,6 +242,8 @@ class QuantizedModel:
                         impl=self.impl,
                     )
                     activations.append(_Activation(epilogue.path, epilogue.x, y, None))
+                    # The module that NormAct would have called.
+                    matched_modules.update(w for w in self.spec.activation_modules if _is_of_class(Activation, w))
                     return y
             outputs = next_call(*call_args, **call_kwargs)
             return quantized(module, outputs) if named or isinstance(module, Activation) else outputs
@@ -397,8 +400,8 @@ def _epilogue(
     return _Epilogue("/".join((*module.path, "act")), x, norm, residual, module.activation)
 
 
-def _is_of_class(module: nn.Module, wanted: str | type) -> bool:
-    return isinstance(module, wanted) if isinstance(wanted, type) else type(module).__name__ == wanted
+def _is_of_class(cls: type[nn.Module], wanted: str | type) -> bool:
+    return issubclass(cls, wanted) if isinstance(wanted, type) else cls.__name__ == wanted
 
 
 def _relative_error(x: jax.Array, reference: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -12,7 +13,7 @@ import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
-from granq_jax.config import default_config
+from granq_jax.config import default_config, flat
 from granq_jax.data import DATASETS
 from granq_jax.metrics import LOSSES
 from granq_jax.quant import Observation
@@ -80,9 +81,9 @@ def run_page(run: RunRecord) -> str:
 def comparison_page(runs: Sequence[RunRecord]) -> str:
     """Several runs side by side, as HTML."""
     named = list(zip(_names(runs), runs, strict=True))
-    flat = [dict(_flat(run.config)) for run in runs]
-    keys = list(dict.fromkeys(key for settings in flat for key in settings))
-    values = {key: [str(settings.get(key, _UNKNOWN)) for settings in flat] for key in keys}
+    of_runs = [dict(flat(run.config)) for run in runs]
+    keys = list(dict.fromkeys(key for settings in of_runs for key in settings))
+    values = {key: [str(settings.get(key, _UNKNOWN)) for settings in of_runs] for key in keys}
     measured = [(name, run) for name, run in named if _evaluations(run)]
     return _TEMPLATES.get_template("comparison.html").render(
         title=f"{len(runs)} runs side by side",
@@ -130,7 +131,7 @@ def loss_charts(runs: Sequence[tuple[str, RunRecord]]) -> list[charts.Chart]:
     return [
         charts.line_chart(
             f"{_LOSS_TITLES[loss]} ({loss})",
-            [(name, [(step, line[loss]) for step, line in _by_step(run.metrics, loss).items()]) for name, run in runs],
+            [(name, _losses(run, loss)) for name, run in runs],
             shade_until=_warmup(runs),
         )
         for loss in LOSSES
@@ -269,16 +270,8 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
 
 def _settings(config: ConfigDict) -> list[tuple[str, str, bool]]:
     """(key, value, whether it is not the default)."""
-    defaults = dict(_flat(default_config()))
-    return [(key, str(value), value != defaults[key]) for key, value in _flat(config)]
-
-
-def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, ConfigDict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    defaults = dict(flat(default_config()))
+    return [(key, str(value), value != defaults[key]) for key, value in flat(config)]
 
 
 def _warmup(runs: Sequence[tuple[str, RunRecord]]) -> float:
@@ -288,6 +281,12 @@ def _warmup(runs: Sequence[tuple[str, RunRecord]]) -> float:
 
 def _evaluations(run: RunRecord) -> list[charts.Point]:
     return [(step, line["student_top1"]) for step, line in _by_step(run.metrics, "student_top1").items()]
+
+
+def _losses(run: RunRecord, loss: str) -> list[charts.Point]:
+    """A loss by step; ``metrics.jsonl`` has ``null`` for one that was not finite."""
+    lines = _by_step(run.metrics, loss)
+    return [(step, math.nan if line[loss] is None else line[loss]) for step, line in lines.items()]
 
 
 def _by_step(lines: Iterable[dict[str, Any]], field: str) -> dict[int, dict[str, Any]]:

@@ -44,7 +44,8 @@ def read_run(workdir: str | Path) -> RunRecord:
 
     Raises:
       ValueError, OSError, ImportError: if there is no run with a checkpoint in ``workdir``, or its
-        teacher cannot be had.
+        teacher cannot be had, or its ``result.json`` is damaged.
+      RunError: if all of its checkpoints are damaged.
     """
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
@@ -54,8 +55,7 @@ def read_run(workdir: str | Path) -> RunRecord:
     trainer = make_trainer(config)
     step, state = newest_state(trainer, workdir)
     inspection = inspector(trainer, teacher_of_run(config, workdir))(state)
-    result = workdir / "result.json"
-    return run_record(workdir, config, json.loads(result.read_text()) if result.exists() else {}, step, inspection)
+    return run_record(workdir, config, _result(workdir / "result.json"), step, inspection)
 
 
 def run_record(
@@ -65,6 +65,16 @@ def run_record(
     return RunRecord(
         workdir, config, _lines(workdir / STARTS), _lines(workdir / "metrics.jsonl"), result, step, inspection
     )
+
+
+def _result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        result = None
+    if not isinstance(result, dict):
+        raise ValueError(f"workdir: {str(path)!r} is damaged; the run's own command writes it again")
+    return result
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 from granq_jax.kernels import out_channel, sample_channel
 
 from granq_jax import QuantSpec, create_model, fake_quant, quantize
-from granq_jax.models.layers import ACTIVATIONS
+from granq_jax.models.layers import ACTIVATIONS, Activation
 from granq_jax.quant.fake_quant import FrozenNorm, norm_act_fake_quant
 from tests.kernels.levels import normal
 
@@ -54,6 +54,15 @@ def test_a_value_that_is_rounded_to_0_still_passes_its_gradient_on():
     x = jnp.array([0.0, 0.1, 2.0, 3.0]).reshape(1, 4, 1, 1)
     gradient = jax.grad(lambda x: norm_act_fake_quant(x, bits=2, activation="relu").sum())(x)
     np.testing.assert_array_equal(gradient.ravel(), [0, 1, 1, 1])
+
+
+def test_the_activation_within_what_is_fused_may_be_named():
+    model, images = create_model("resnet8_digits"), jnp.zeros((2, 8, 8, 1))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    for wanted in ("Activation", Activation):
+        student = quantize(model, QuantSpec(activation_modules=(wanted,)), impl="auto")
+        _, activations = jax.eval_shape(partial(student.apply_with_activations, train=False), variables, images)
+        assert len(activations) == 7
 
 
 def test_it_can_be_vmapped():

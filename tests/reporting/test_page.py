@@ -11,6 +11,7 @@ from granq_jax.data import DATASETS
 from granq_jax.quant import quantize
 from granq_jax.quant.transform import Site
 from granq_jax.reporting import comparison_page, image_grid, read_run, run_page
+from granq_jax.reporting.page import loss_charts
 from tests.quant.reference import fake_quant
 from tests.reporting.pages import Page, check_self_contained
 from tests.reporting.run_files import write_run
@@ -139,6 +140,14 @@ def test_full_precision_has_a_row_too(made):
     page = Page(run_page(run._replace(inspection=run.inspection._replace(observations=changed))))
     row = page.tables["Weights"][1]
     assert row[2:4] == ["not quantized", "32.00"]
+
+
+def test_losses_that_were_not_finite_leave_a_gap(made):
+    run = made[0]
+    lines = [{**line, "hinge": None} if line["step"] == 6 else line for line in run.metrics]
+    (hinge,) = (chart for chart in loss_charts([("", run._replace(metrics=lines))]) if "hinge" in chart.title)
+    assert hinge.curves[0].path.count("M") == 2
+    check_self_contained(run_page(run._replace(metrics=lines)))
 
 
 def test_runs_side_by_side(made, tmp_path):
