@@ -11,21 +11,14 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
 
 import platformdirs
-import requests
-from tqdm.auto import tqdm
 
 from granq_jax.archives import open_zip
 
 RELEASES = "https://github.com/osmr/imgclsmob/releases/download"
 
-_ATTEMPTS = 3
-_MAX_REDIRECTS = 5  # one is usual: from the release to where its files are kept
 _MAX_BYTES = 256 << 20  # the largest checkpoint, ResNet-50's, has 98
-_TIMEOUT_S = 30
-_CHUNK_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +112,8 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _provide(checkpoint: Checkpoint, path: Path) -> None:
+    from granq_jax.download import download  # a tenth of a second that runs with another teacher need not wait
+
     given = f"config.teacher: got {checkpoint.name!r}"
     archive = path.with_name(path.name + ".zip")
     if archive.exists():
@@ -133,75 +128,15 @@ def _provide(checkpoint: Checkpoint, path: Path) -> None:
     by_hand = f"download it on another machine and put it at {archive}"
     part = archive.with_name(archive.name + ".part")
     try:
-        _download(checkpoint.url, part)
-    except (requests.RequestException, ValueError) as error:  # ValueError: a redirect to what is no URL
-        reason = " ".join(str(error).split())
-        raise ConnectionError(f"{given}, but {checkpoint.url} cannot be downloaded: {reason}; {by_hand}") from error
+        download(checkpoint.url, part, _MAX_BYTES)
+    except ConnectionError as error:
+        raise ConnectionError(f"{given}, but {checkpoint.url} cannot be downloaded: {error}; {by_hand}") from error
     try:
         _unpack(part, path, checkpoint.sha1)
     except ValueError as error:
         raise ValueError(f"{given}, but what came from {checkpoint.url} {error}; try again, or {by_hand}") from error
     finally:
         part.unlink()
-
-
-class _Session(requests.Session):
-    """Follows redirects itself: they may be few, none to another scheme, and their bodies are not read."""
-
-    def get_redirect_target(self, response: requests.Response) -> None:
-        """None: what requests does with a redirect begins with reading its body, however long."""
-
-    def answer(self, url: str, headers: dict[str, str]) -> requests.Response:
-        """The answer to a GET, its body unread."""
-        for _ in range(_MAX_REDIRECTS + 1):
-            response = self.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S)
-            if not response.is_redirect:
-                return response
-            response.close()
-            origin, url = url, urljoin(url, response.headers["Location"])
-            if urlsplit(url).scheme != urlsplit(origin).scheme:
-                raise requests.exceptions.InvalidSchema(f"it redirects to {url!r}, of another scheme")
-        raise requests.TooManyRedirects(f"it redirects more than {_MAX_REDIRECTS} times")
-
-
-def _download(url: str, part: Path) -> None:
-    for _ in range(_ATTEMPTS):
-        start = _size(part)
-        # A compressed answer would make lengths and ranges those of something else than the file.
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        with _Session() as session, session.answer(url, headers) as response:
-            status = response.status_code
-            resumed = status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            if start and not resumed and status in (206, 416):
-                part.unlink()  # what there is cannot be added to
-                continue
-            if not resumed and status != 200:
-                raise requests.HTTPError(f"the server answered {status} {response.reason}")
-            if _receive(response, part, start if resumed else 0):
-                return
-    raise requests.ConnectionError(
-        f"the transfer broke off {_ATTEMPTS} times, {_size(part)} bytes are kept in {part}, the next try goes on there"
-    )
-
-
-def _receive(response: requests.Response, part: Path, start: int) -> bool:
-    """Whether the whole answer arrived; it is written to ``part`` from the byte ``start``, its end, on."""
-    length = response.headers.get("Content-Length")
-    end = start + int(length) if length is not None and length.isdecimal() else None
-    bar = tqdm(total=end, initial=start, desc=part.stem, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
-    try:
-        with bar, part.open("ab" if start else "wb") as file:
-            for chunk in response.iter_content(_CHUNK_BYTES):
-                file.write(chunk)
-                bar.update(len(chunk))
-                if file.tell() > _MAX_BYTES:
-                    break
-    except requests.RequestException:
-        return False
-    if _size(part) > _MAX_BYTES:
-        part.unlink()
-        raise requests.HTTPError(f"the server sends more than {_MAX_BYTES} bytes")
-    return end in (None, _size(part))  # not every version of urllib3 raises if there is less than announced
 
 
 def _unpack(archive: Path, path: Path, sha1: str) -> None:
@@ -234,7 +169,3 @@ def _unpack(archive: Path, path: Path, sha1: str) -> None:
 def _sha1(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha1").hexdigest()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

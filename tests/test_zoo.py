@@ -59,6 +59,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = server.body[start:]
         compresses = "gzip" in self.headers["Accept-Encoding"]
         body = gzip.compress(body) if compresses else body
+        sent = body[: server.cuts.pop(0)] if server.cuts else body
+        server.seen.append((asked, status, len(sent)))  # before the client, having read the headers, asks again
         self.send_response(status)
         if compresses:
             self.send_header("Content-Encoding", "gzip")
@@ -67,8 +69,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.says_length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        sent = body[: server.cuts.pop(0)] if server.cuts else body
-        server.seen.append((asked, status, len(sent)))
         self.wfile.write(sent)
 
     def log_message(self, *args):
