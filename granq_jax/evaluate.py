@@ -78,6 +78,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
     Raises:
       ValueError, OSError, ImportError: for a setting, teacher or data set that cannot be used, or if
         a student is asked for and there is none.
+      RunError: if an image cannot be read.
     """
     check_alike({"--mode": "evaluate", "--subject": subject, **dict(flat(config, "config."))})
     workdir = Path(workdir)

@@ -110,7 +110,7 @@ def pretrain(
 
     Raises:
       ValueError: as :func:`check_batches` does.
-      RunError: if the loss is no longer finite.
+      RunError: if the loss is no longer finite, or an image cannot be read.
     """
     devices = devices or jax.devices()
     share = check_batches(settings, split, devices)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.config import check_config
 from granq_jax.joint_run import JointRun
-from granq_jax.processes import is_first
+from granq_jax.processes import is_first, together
 from granq_jax.record import check_writable, describe, versions, write_json
 from granq_jax.teachers import check_teacher, load_teacher
 from granq_jax.workdir import locked
@@ -67,8 +67,9 @@ def profile(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     devices = jax.devices()
     check_devices(config, devices)
     check_teacher(config)
-    if is_first():
-        check_writable(workdir)
+    with together():
+        if is_first():
+            check_writable(workdir)
     with locked(workdir):
         return _profiled(config, workdir, devices)
 

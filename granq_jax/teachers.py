@@ -99,11 +99,9 @@ def check_loads(config: ConfigDict, workdir: Path, anew: bool) -> None:
       workdir: of the run.
       anew: as if no teacher had been trained there.
     """
-    if anew:
+    if anew or _read_teacher(config, workdir) is None:
         _training_split(config)
-    elif _read_teacher(config, workdir) is None:
-        _training_split(config)
-        if (workdir / TEACHER_TRAINING / _SETTINGS).exists():
+        if not anew and (workdir / TEACHER_TRAINING / _SETTINGS).exists():
             _check_same_settings(config, workdir)
 
 

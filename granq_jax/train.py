@@ -70,7 +70,7 @@ def train_and_evaluate(
     Raises:
       ValueError, OSError, ImportError: for a setting, teacher, data set or ``workdir`` that cannot be
         used. Nothing that was there is touched.
-      RunError: if a loss or parameter is not finite, or files cannot be written.
+      RunError: if a loss or parameter is not finite, or files cannot be written, or test images not read.
       Interrupted: at SIGTERM or SIGINT, when a checkpoint is written.
 
     Example::
@@ -89,7 +89,7 @@ def train_and_evaluate(
             check_teacher(config)
         check_devices(config, devices)
         split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
-        if is_first() and config.teacher == TRAIN_A_TEACHER:
+        if is_first() and config.teacher == TRAIN_A_TEACHER and (overwrite or not finished_result(config, workdir)):
             check_loads(config, workdir, anew=overwrite and teacher_is_of_run(workdir))
 
     def finished_before() -> dict[str, Any] | None:

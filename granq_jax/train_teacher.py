@@ -19,7 +19,7 @@ from granq_jax.processes import check_alike, is_first, together
 from granq_jax.record import check_writable, peak_rss_mb, versions, write_json
 from granq_jax.splits import Split
 from granq_jax.teachers import TEACHER_RESULT, TEACHER_TRAINING, TRAINED_TEACHER, run_training
-from granq_jax.workdir import locked
+from granq_jax.workdir import locked, teacher_is_of_run
 
 
 def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: for a setting or data set that cannot be used, or a ``workdir`` that another process
         uses, or that holds a trained teacher, or one in training with other settings.
-      RunError: if the training diverges, or a checkpoint cannot be written or read.
+      RunError: if the training diverges, or a checkpoint cannot be written or read, or an image not read.
     """
     check_alike({"--mode": "train_teacher", **dict(flat(config, "config."))})
     workdir = Path(workdir)
@@ -45,9 +45,9 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     with together():
         check_config(config)
         if is_first():
-            # Without a result it was broken off while it was evaluated.
-            broken_off = (workdir / TEACHER_TRAINING).is_dir() and not (workdir / TEACHER_RESULT).exists()
-            if os.path.exists(workdir / TRAINED_TEACHER) and not broken_off:
+            # Trained here and without a result, it was broken off while it was evaluated.
+            ended = os.path.exists(workdir / TEACHER_RESULT) or not os.path.isdir(workdir / TEACHER_TRAINING)
+            if os.path.exists(workdir / TRAINED_TEACHER) and (ended or teacher_is_of_run(workdir)):
                 raise ValueError(
                     f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away"
                 )

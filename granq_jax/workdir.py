@@ -22,9 +22,11 @@ from granq_jax.reporting import REPORT
 from granq_jax.teachers import TEACHER_RESULT, TEACHER_TRAINING, TRAINED_TEACHER
 
 _CONFIG, _LOCK, RESULT = "config.json", "run.lock", "result.json"
+_EVALUATION = "evaluation.json"
+# In the order in which they are removed: should that be broken off, config.json still says whose they are.
 _OWN_FILES = (
-    *(_CONFIG, STARTS, METRICS, EVENTS, RESULT, REPORT, "checkpoints"),
-    *("evaluation.json", "profile", "profile.json", "export"),
+    *(RESULT, REPORT, METRICS, EVENTS, "checkpoints", _EVALUATION, "profile", "profile.json", "export"),
+    *(STARTS, _CONFIG),
 )
 
 # Settings that a run may go on with when they have changed: they say how long it lasts, what is
@@ -51,7 +53,7 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
         if remains:
             raise ValueError(
                 f"workdir: {str(workdir)!r} holds {', '.join(remains)} of a run but no {_CONFIG}; "
-                "give another one, move them away, or replace them with --overwrite"
+                "give another one, or move them away"
             )
         return
     if not config.resume:
@@ -76,7 +78,8 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
 
 def _check_own(workdir: Path) -> None:
     """Raises a ``ValueError`` if what is named as a run's files seems not to be written by one."""
-    there = [name for name in _OWN_FILES if os.path.lexists(workdir / name)]
+    there = [name for name in _OWN_FILES if os.path.isfile(workdir / name) or any((workdir / name).glob("*"))]
+    there = [name for name in there if name != _EVALUATION]  # which may be a teacher's
     if not there or any((workdir / name).exists() for name in (_LOCK, STARTS)):
         return
     try:
@@ -148,7 +151,7 @@ def remove_run(workdir: Path, and_teacher: bool) -> None:
       workdir: of the run.
       and_teacher: whether to remove the teacher that it trained, too.
     """
-    for name in (*_OWN_FILES, *((TRAINED_TEACHER, TEACHER_TRAINING) if and_teacher else ())):
+    for name in (*((TRAINED_TEACHER, TEACHER_TRAINING) if and_teacher else ()), *_OWN_FILES):
         path = workdir / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -112,8 +112,6 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _provide(checkpoint: Checkpoint, path: Path) -> None:
-    from granq_jax.download import download  # a tenth of a second that runs with another teacher need not wait
-
     given = f"config.teacher: got {checkpoint.name!r}"
     archive = path.with_name(path.name + ".zip")
     if archive.exists():
@@ -127,6 +125,8 @@ def _provide(checkpoint: Checkpoint, path: Path) -> None:
 
     by_hand = f"download it on another machine and put it at {archive}"
     part = archive.with_name(archive.name + ".part")
+    from granq_jax.download import download  # a tenth of a second that runs with another teacher need not wait
+
     try:
         download(checkpoint.url, part, _MAX_BYTES)
     except ConnectionError as error:

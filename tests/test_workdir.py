@@ -7,6 +7,7 @@ import pytest
 
 from granq_jax import load_config, train_and_evaluate
 from granq_jax.config import CHECKS
+from granq_jax.train_teacher import train_teacher
 from granq_jax.workdir import (
     MAY_CHANGE,
     check_workdir,
@@ -92,6 +93,8 @@ def test_only_a_runs_own_files_are_removed(begun):
     note_config(config_with(), begun)
     (begun / "teacher.json").unlink()
     assert teacher_is_of_run(begun)
+    with one_line_error(ValueError, "workdir", str(begun), "already holds a teacher"):
+        train_teacher(config_with(), begun)
     remove_run(begun, and_teacher=True)
     assert {path.name for path in begun.iterdir()} == {"notes.txt", "figures"}
 
@@ -105,12 +108,21 @@ def test_a_directory_elsewhere_is_left_alone(begun, tmp_path_factory):
     assert os.listdir(elsewhere) == ["20"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "checkpoints"])
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/epoch3.ckpt"])
 def test_files_that_no_run_wrote_are_not_replaced(tmp_path, name):
-    (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).write_text('{"theme": "dark"}')
-    with one_line_error(ValueError, "workdir", str(tmp_path), name, "nothing says that a run wrote it"):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"theme": "dark"}')
+    words = (name.partition("/")[0], "nothing says that a run wrote it")
+    with one_line_error(ValueError, "workdir", str(tmp_path), *words):
         train_and_evaluate(config_with(), tmp_path, overwrite=True)
-    assert os.listdir(tmp_path) == [name]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_what_other_modes_leave_is_replaced(tmp_path):
+    (tmp_path / "evaluation.json").touch()  # of a teacher
+    (tmp_path / "checkpoints").mkdir()
+    check_workdir(config_with(), tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize("trained", ["teacher.safetensors", "teacher_training"])

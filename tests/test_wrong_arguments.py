@@ -48,6 +48,7 @@ class Net(nn.Module):
 
 IMAGES = np.ones((2, 8, 8, 1), np.float32)
 OPERAND = QuantSpec(placement="operand")
+DIGITS = load_split("digits", "train")
 
 
 @functools.cache
@@ -162,11 +163,11 @@ LIBRARY = {
         *(ValueError, ("PretrainSettings.small_size", "0", "from 1")),
     ),
     "training on windows larger than the images": (
-        lambda: pretrain(Net(), load_split("digits", "train"), pretrain_settings(small_epochs=1, small_size=9)),
+        lambda: pretrain(Net(), DIGITS, pretrain_settings(small_epochs=1, small_size=9)),
         *(ValueError, ("PretrainSettings.small_size", "9", "8 pixels")),
     ),
     "training in batches larger than the data": (
-        lambda: pretrain(Net(), load_split("digits", "train"), pretrain_settings(batch_size=2000)),
+        lambda: pretrain(Net(), DIGITS, pretrain_settings(batch_size=2000)),
         *(ValueError, ("PretrainSettings.batch_size", "2000", "1437")),
     ),
     "program with kernels for CPUs": (
