@@ -82,7 +82,7 @@ def shot(teacher=None, epochs=9, **changes):
 
 X = np.ones((2, 4, 4, 3), np.float32)
 
-MAX_SECONDS = 5
+MAX_SECONDS = 5  # of processor time
 
 # By name: what is called, the error, words of its message.
 LIBRARY = {
@@ -239,7 +239,7 @@ LIBRARY = {
 def test_the_library_refuses(name):
     call, error, words = LIBRARY[name]
     variables(Net())  # made once, which takes longer than any refusal
-    start = time.monotonic()
+    start = time.process_time()
     with one_line_error(error, *words):
         call()
-    assert time.monotonic() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
