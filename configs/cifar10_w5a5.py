@@ -3,7 +3,8 @@
     python -m granq_jax.main --config configs/cifar10_w5a5.py
 
 Published top-1 at these bits: none in the tables at hand.
-Measured here: not yet measured.
+Measured here, teacher 91.61: 91.30 after 30 of the 200 epochs, 91.20 before training (seed 0, commit 4001f0d; see
+docs/results.md). All 200: not yet measured.
 """
 
 from granq_jax.configs import cifar10_w3a3
