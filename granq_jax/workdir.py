@@ -78,8 +78,8 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
 
 def _check_own(workdir: Path) -> None:
     """Raises a ``ValueError`` if what is named as a run's files seems not to be written by one."""
-    there = [name for name in _OWN_FILES if os.path.isfile(workdir / name) or any((workdir / name).glob("*"))]
-    there = [name for name in there if name != _EVALUATION]  # which may be a teacher's
+    others = [name for name in _OWN_FILES if name != _EVALUATION]  # which may be a teacher's
+    there = [name for name in others if os.path.isfile(workdir / name) or any((workdir / name).glob("*"))]
     if not there or any((workdir / name).exists() for name in (_LOCK, STARTS)):
         return
     try:

@@ -28,7 +28,7 @@ KEY = "output.weight"
 SHAPE = (10, 64)
 HUGE = 60_000_000  # bytes that a small file asks for
 MAX_BYTES = 30_000_000
-MAX_SECONDS = 5  # of processor time: how long that takes depends on what else the machine does
+MAX_SECONDS = 5
 
 
 def state_dict(dtype=np.float32):
@@ -200,14 +200,14 @@ def test_hostile_files_are_refused_at_no_cost(hostile, name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = hostile / name
     tracemalloc.start()
-    start = time.process_time()
+    start = time.monotonic()
     try:
         with pytest.raises(ValueError, match=r"^teacher: ") as caught:
             load_torch(NAME, path)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.process_time() - start < MAX_SECONDS
+    assert time.monotonic() - start < MAX_SECONDS
     assert peak < MAX_BYTES
     message = str(caught.value)
     assert "\n" not in message

@@ -305,9 +305,9 @@ def test_the_command_refuses(name, place, capsys):
     arguments, words, *files = COMMAND[name]
     put, there = place
     put(files[0] if files else {})
-    before, start = there(), time.process_time()
+    before, start = there(), time.monotonic()
     assert command.main(arguments) == 2
-    assert time.process_time() - start < MAX_SECONDS
+    assert time.monotonic() - start < MAX_SECONDS
     captured = capsys.readouterr()
     is_one_line(captured.err, words)
     assert captured.out == ""
