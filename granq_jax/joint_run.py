@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from granq_jax.devices import place, sample_index, settle
-from granq_jax.memory import return_freed
+from granq_jax.memory import return_freed, without_collecting
 from granq_jax.progress import Progress
 from granq_jax.step import CHECKED, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
@@ -62,7 +62,9 @@ class JointRun:
         if warmup not in self._phases:
             start = time.perf_counter()
             mapped = mapped_step(self.trainer, warmup, self.devices)
-            self._phases[warmup] = mapped.lower(self.state, self._teacher, self._index).compile()
+            with without_collecting():
+                lowered = mapped.lower(self.state, self._teacher, self._index)
+            self._phases[warmup] = lowered.compile()
             return_freed()
             self.compile_seconds += time.perf_counter() - start
         return self._phases[warmup]

@@ -1,7 +1,25 @@
-"""Memory that was freed, given back to the system."""
+"""Memory that was freed: when it is looked for, and when the system gets it back."""
 
 import contextlib
 import ctypes
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """Within, Python's garbage collector rests.
+
+    Tracing makes many objects that stay and few that go; to look through them again and again took 0.3 of the 4.9
+    seconds before the first step on CIFAR-10.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def return_freed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -235,11 +236,16 @@ class Trainer:
 
     def init(self, teacher: Variables) -> TrainState:
         """The state before the first step: a random generator, and the teacher as student."""
-        return jax.jit(self._first_state, compiler_options=COMPILED_FAST)(self._generator_key, dict(teacher))
+        return self._jitted_first_state(self._generator_key, dict(teacher))
 
     def state_shapes(self, teacher: Variables) -> TrainState:
         """What :meth:`init` gives as ``jax.ShapeDtypeStruct``s; ``teacher`` may consist of such too."""
-        return jax.eval_shape(self._first_state, self._generator_key, dict(teacher))
+        shapes: TrainState = self._jitted_first_state.eval_shape(self._generator_key, dict(teacher))
+        return shapes
+
+    @functools.cached_property
+    def _jitted_first_state(self) -> Any:  # one, so that its trace serves both
+        return jax.jit(self._first_state, compiler_options=COMPILED_FAST)
 
     @property
     def _generator_key(self) -> jax.Array:

@@ -44,6 +44,16 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
+def test_the_first_state_is_traced_once_for_its_shapes_and_itself(teacher, monkeypatch):
+    traced = []
+    plain = Trainer._first_state
+    monkeypatch.setattr(Trainer, "_first_state", lambda self, *args: traced.append(self) or plain(self, *args))
+    trainer = make_trainer()
+    shapes = trainer.state_shapes(teacher)
+    chex.assert_trees_all_equal_shapes_and_dtypes(trainer.init(teacher), shapes)
+    assert traced == [trainer]
+
+
 @pytest.mark.slow
 def test_each_phase_compiles_once_and_moves_nothing_but_metrics(teacher, compilations):
     run = JointRun(make_trainer(), teacher, jax.local_devices())
