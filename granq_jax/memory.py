@@ -10,8 +10,8 @@ from collections.abc import Iterator
 def without_collecting() -> Iterator[None]:
     """Within, Python's garbage collector rests.
 
-    Tracing makes many objects that stay and few that go; to look through them again and again took 0.3 of the 4.9
-    seconds before the first step on CIFAR-10.
+    Tracing makes many objects that stay and few that go, which it would look through again and again. The first
+    step on CIFAR-10 came after 4.6 seconds instead of 4.9 with it at rest since the imports.
     """
     collects = gc.isenabled()
     gc.disable()
