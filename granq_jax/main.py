@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     logging.basicConfig(format="%(message)s", force=True)  # libraries have made the root logger theirs
     logging.getLogger("granq_jax").setLevel(logging.INFO)
-    for noisy in ("absl", "concurrent.futures"):  # Orbax logs traces of errors that it also raises
+    for noisy in ("absl", "asyncio", "concurrent.futures"):  # Orbax has traces logged of errors that it also raises
         logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
     try:
         options, overrides = parser.parse_known_args(argv)

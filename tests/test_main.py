@@ -1,3 +1,5 @@
+import asyncio
+import gc
 import json
 import signal
 import subprocess
@@ -101,6 +103,29 @@ def test_a_run_that_ends_early_says_so_in_one_line(capsys, monkeypatch, ends, st
     monkeypatch.setitem(command.MODES, "train", end)
     assert main(["--config=digits_w3a3"]) == status
     assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_errors_that_a_library_has_left_behind_do_not_follow_the_line(capsys, monkeypatch):
+    """Orbax writes arrays in tasks, and asks the first that fails for its error; asyncio logs those of the others."""
+
+    async def fail():
+        raise ValueError("left behind")
+
+    async def write():
+        tasks = [asyncio.create_task(fail()) for _ in range(3)]
+        await asyncio.wait(tasks)
+        await tasks[0]
+
+    def stop(*_, **__):
+        try:
+            asyncio.run(write())
+        except ValueError as error:
+            raise RunError("the disk is full") from error
+
+    monkeypatch.setitem(command.MODES, "train", stop)
+    assert main(["--config=digits_w3a3"]) == 1
+    gc.collect()
+    assert capsys.readouterr().err == "error: the disk is full\n"
 
 
 def test_a_signal_ends_any_mode(capsys, monkeypatch):
