@@ -66,12 +66,7 @@ class BatchStatsNorm(nn.Module):
 
 
 class UpsampleConv(nn.Module):
-    """Nearest-neighbour up-sampling by 2, then a 3x3 convolution, as four 2x2 convolutions.
-
-    An output pixel of even row sees the rows (r - 1, r, r) of the small image, one of odd row
-    (r, r, r + 1), columns likewise; adding up the taps that meet the same pixel leaves a 2x2 kernel
-    for each of the four phases. This does 4/9 of the multiplications and never builds the large
-    input. The parameters are those of the 3x3 convolution.
+    """Nearest-neighbour up-sampling by 2, then a 3x3 convolution: :func:`upsample_conv` with its parameters.
 
     Attributes:
       features: output channels.
@@ -85,20 +80,64 @@ class UpsampleConv(nn.Module):
         channels = x.shape[-1]
         kernel = self.param("kernel", _uniform_fan_in, (3, 3, channels, self.features), x.dtype)
         bias = self.param("bias", _uniform_bias(9 * channels), (self.features,), x.dtype)
-        n, height, width, _ = x.shape
-        rows = [jnp.stack([phase_conv(x, kernel, row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
-        y = jnp.stack(rows, axis=2).reshape(n, 2 * height, 2 * width, self.features)
-        return y + bias.reshape(1, 1, 1, -1)
+        return upsample_conv(x, kernel) + bias.reshape(1, 1, 1, -1)
 
 
-def phase_conv(x: jax.Array, kernel: jax.Array, row: int, column: int) -> jax.Array:
-    """The pixels (2i + row, 2j + column) of ``x`` (N, H, W, C), up-sampled by 2 and convolved 3x3."""
-    first, second, third = kernel
-    rows = jnp.stack([first, second + third] if row == 0 else [first + second, third])
-    first, second, third = rows.swapaxes(0, 1)
-    taps = jnp.stack([first, second + third] if column == 0 else [first + second, third], axis=1)
-    padding = [(1 - row, row), (1 - column, column)]
-    return convolve(x, taps, (1, 1), padding)
+def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Nearest-neighbour up-sampling by 2 and a 3x3 convolution that keeps the size, in a quarter of the products.
+
+    In one dimension, with the taps (a, b, c) and d[i] = x[i - 1] - x[i], the two outputs at a pixel are
+
+    - y[2i] = a x[i - 1] + (b + c) x[i] = (a + b + c) x[i] + a d[i]
+    - y[2i + 1] = (a + b) x[i] + c x[i + 1] = (a + b + c) x[i] - c d[i + 1]
+
+    which is three products for the six of the formula, and nine for 36 in two dimensions. Outside of ``x`` is zero,
+    and the large input is never built.
+
+    Args:
+      x: (N, H, W, C).
+      kernel: (3, 3, C, features).
+
+    Returns:
+      (N, 2H, 2W, features).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> upsample_conv(jnp.ones((1, 2, 1, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0].tolist()
+      [[4.0, 4.0], [6.0, 6.0], [6.0, 6.0], [4.0, 4.0]]
+    """
+    (n, height, width, channels), features = x.shape, kernel.shape[-1]
+    taps = _sum_and_ends(_sum_and_ends(kernel).swapaxes(0, 1)).swapaxes(0, 1)
+
+    def products(x, *kernels):
+        """With all kernels, side by side."""
+        return (x.reshape(-1, channels) @ jnp.concatenate(kernels, axis=1)).reshape(*x.shape[:-1], -1)
+
+    down, right = _differences(x, 1), _differences(x, 2)
+    pixels = products(x, taps[0, 0])
+    rows, columns = products(down, *taps[1:, 0]), products(right, *taps[0, 1:])
+    corners = products(_differences(down, 2), *taps[1, 1:], *taps[2, 1:])
+
+    def phase(a, b):
+        """The outputs (2i + a, 2j + b)."""
+        i, j = slice(a, a + height), slice(b, b + width)
+        of_row, of_column, of_both = (slice(k * features, (k + 1) * features) for k in (a, b, 2 * a + b))
+        return pixels + rows[:, i, :, of_row] + columns[:, :, j, of_column] + corners[:, i, j, of_both]
+
+    y = jnp.stack([jnp.stack([phase(a, b) for b in (0, 1)], axis=3) for a in (0, 1)], axis=2)
+    return y.reshape(n, 2 * height, 2 * width, -1)
+
+
+def _sum_and_ends(taps):
+    """Of three taps (a, b, c) on the first axis a + b + c, a and -c."""
+    first, second, third = taps
+    return jnp.stack([first + second + third, first, -third])
+
+
+def _differences(x, axis):
+    """Every pixel before minus the one after, one more of them along ``axis``, with zeros around."""
+    before, after = ([(int(i == axis and side), int(i == axis and not side)) for i in range(4)] for side in (1, 0))
+    return jnp.pad(x, before) - jnp.pad(x, after)
 
 
 class Generator(nn.Module):

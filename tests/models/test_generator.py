@@ -70,7 +70,7 @@ def test_running_statistics_follow_pytorch(x64):
     "shape",
     [(1, 5, 3, 2), pytest.param((2, 4, 4, 3), marks=SLOW), pytest.param((3, 1, 1, 4), marks=SLOW), (1, 2, 7, 1)],
 )
-def test_phase_convolutions_equal_up_sampling_and_convolution(x64, shape):
+def test_nine_products_equal_up_sampling_and_convolution(x64, shape):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal(shape))
     module = UpsampleConv(5)
