@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from granq_jax.devices import place, sample_index, settle
-from granq_jax.memory import return_freed, without_collecting
+from granq_jax.memory import compile_to_repeat, without_collecting
 from granq_jax.progress import Progress
 from granq_jax.step import CHECKED, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
@@ -64,8 +64,7 @@ class JointRun:
             mapped = mapped_step(self.trainer, warmup, self.devices)
             with without_collecting():
                 lowered = mapped.lower(self.state, self._teacher, self._index)
-            self._phases[warmup] = lowered.compile()
-            return_freed()
+            self._phases[warmup] = compile_to_repeat(lowered, self.devices[0].platform)
             self.compile_seconds += time.perf_counter() - start
         return self._phases[warmup]
 
