@@ -32,9 +32,11 @@ def ours(count, batch):
 
     from granq_jax import load_config
     from granq_jax.build import make_trainer
+    from granq_jax.devices import halve_cpu
     from granq_jax.evaluate import student_accuracy
     from granq_jax.splits import MemorySplit
 
+    halve_cpu([batch])
     trainer = make_trainer(load_config("cifar10_w3a3"))
     evaluate = student_accuracy(trainer, MemorySplit(CIFAR10, *examples(count)), batch, jax.local_devices())
     variables = jax.jit(trainer.model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

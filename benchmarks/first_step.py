@@ -29,12 +29,14 @@ def measure(name, steps, cache, started):
     from granq_jax import load_config
     from granq_jax.build import make_trainer
     from granq_jax.compilation_cache import use_compilation_cache
+    from granq_jax.devices import halve_cpu
     from granq_jax.joint_run import JointRun
     from granq_jax.models.registry import network
     from granq_jax.record import peak_rss_mb
 
     use_compilation_cache(cache)
     config = load_config(name)
+    halve_cpu([config.batch_size])
     trainer = make_trainer(config)
     run = JointRun(trainer, random_variables(network(config.network)), jax.local_devices())
     jax.block_until_ready(run.advance(warmup=False))

@@ -25,11 +25,13 @@ def take(steps, every):
 
     from granq_jax import load_config, train_and_evaluate
     from granq_jax.build import make_trainer
+    from granq_jax.devices import halve_cpu
     from granq_jax.joint_run import JointRun
     from granq_jax.teachers import load_teacher
 
     config = load_config("cifar10_w3a3")
     config.eval, config.epochs, config.warmup_epochs, config.steps_per_epoch = "none", EPOCHS, 1, steps // EPOCHS
+    halve_cpu([config.batch_size])
     with tempfile.TemporaryDirectory() as workdir:
         if every is not None:
             config.eval_every_epochs = config.checkpoint_every_epochs = every

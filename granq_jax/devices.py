@@ -1,15 +1,75 @@
-"""Where arrays live when a step is mapped over several devices."""
+"""Which devices there are, and where arrays live when a step is mapped over them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
+# XLA for CPUs takes 50 us for each array that devices exchange, and far less to copy one of this size.
+_SMALL = 2**15
+_FORCED = "--xla_force_host_platform_device_count"
+# XLA ends a process in which one device has waited for another for 40 seconds by the clock. One that was halted, or
+# whose machine slept, is to go on.
+_WAIT = "--xla_cpu_collective_call_terminate_timeout_seconds=1000000"
+
+
+def cores() -> int:
+    """How many CPU cores this process may use.
+
+    Examples:
+      >>> cores() >= 1
+      True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def halve_cpu(batch_sizes: Sequence[int]) -> None:
+    """Has JAX take a CPU of several cores for two devices, each with half of a batch.
+
+    XLA computes most operations of a step on one core, and the other one waits; see ``docs/performance.md``. For the
+    whole process, before it computes. Nothing changes with a single core, with a batch that has no halves, where
+    the number of devices has been chosen (``JAX_NUM_CPU_DEVICES``, ``XLA_FLAGS``), or where JAX has computed already.
+
+    Args:
+      batch_sizes: of all batches that are to be spread over devices.
+
+    Example::
+
+      halve_cpu([config.batch_size])
+      print(jax.devices())
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    chosen = jax.config.jax_num_cpu_devices >= 0 or _FORCED in flags  # type: ignore[attr-defined]
+    if chosen or cores() < 2 or any(size % 2 for size in batch_sizes):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", 2)
+    except RuntimeError:  # too late
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_WAIT}".strip()
+
+
+def mean_over_devices(tree: Any, axis_name: str | None) -> Any:
+    """Means over the devices of a mapped axis, of all arrays in one exchange and the small ones as one array.
+
+    Args:
+      tree: float arrays.
+      axis_name: mapped axis; ``None`` changes nothing.
+    """
+    if axis_name is None or jax.lax.axis_size(axis_name) == 1:
+        return tree
+    small = jax.tree.map(lambda x: x if x.size < _SMALL else None, tree)
+    large = jax.tree.map(lambda x: None if x.size < _SMALL else x, tree)
+    flat, unravel = ravel_pytree(small)
+    flat, large = jax.lax.pmean((flat, large), axis_name)
+    return jax.tree.map(lambda a, b: b if a is None else a, unravel(flat), large, is_leaf=lambda x: x is None)
 
 
 def sample_index(batch_size: int, devices: Sequence[jax.Device], field: str = "batch_size") -> np.ndarray:

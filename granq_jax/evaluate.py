@@ -20,7 +20,7 @@ from granq_jax.checkpoint import Checkpoints
 from granq_jax.checks import check_choice
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
-from granq_jax.devices import AXIS, place, sample_index
+from granq_jax.devices import AXIS, cores, place, sample_index
 from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
 from granq_jax.record import check_writable, describe, versions, write_json
@@ -179,7 +179,7 @@ def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Se
 
     # XLA for CPUs computes most convolutions on one core, so that a batch for each core is faster than a batch on
     # all. The collectives of several devices must meet in the same order everywhere.
-    at_once = min(os.cpu_count() or 1, _MAX_AT_ONCE) if devices[0].platform == "cpu" and len(devices) == 1 else 1
+    at_once = min(cores(), _MAX_AT_ONCE) if devices[0].platform == "cpu" and len(devices) == 1 else 1
 
     def evaluate(variables):
         variables = place(variables, devices)

@@ -24,7 +24,8 @@ from ml_collections import ConfigDict, config_flags
 
 from granq_jax import processes
 from granq_jax.compilation_cache import use_compilation_cache
-from granq_jax.config import check_setting_exists, load_config
+from granq_jax.config import check_config, check_setting_exists, load_config
+from granq_jax.devices import halve_cpu
 from granq_jax.evaluate import SUBJECTS, evaluate_run
 from granq_jax.export import export_run
 from granq_jax.methods import METHODS, set_method
@@ -114,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         address = (options.coordinator_address, options.num_processes, options.process_id)
         if options.distributed or any(value is not None for value in address):
             processes.join(*address)
+        else:
+            check_config(config)
+            halve_cpu([config.batch_size, config.eval_batch_size, config.teacher_training.batch_size])
         with interruptible():
             result = MODES[options.mode](config, workdir, **arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from granq_jax.checks import check_fields, real, truth, whole
-from granq_jax.devices import AXIS, place, sample_index, settle
+from granq_jax.devices import AXIS, mean_over_devices, place, sample_index, settle
 from granq_jax.progress import Progress
 from granq_jax.splits import Batch, Split, ahead
 from granq_jax.stopping import RunError
@@ -128,7 +128,7 @@ def pretrain(
             return jnp.mean(optax.softmax_cross_entropy(logits, targets)), updates
 
         (loss, updates), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-        loss, updates, gradients = jax.lax.pmean((loss, updates, gradients), AXIS)
+        loss, updates, gradients = mean_over_devices((loss, updates, gradients), AXIS)
         changes, opt_state = optimizer.update(gradients, opt_state, variables["params"])
         return {**updates, "params": optax.apply_updates(variables["params"], changes)}, opt_state, loss
 

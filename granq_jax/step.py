@@ -19,12 +19,13 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
-from granq_jax.devices import AXIS
-from granq_jax.models.layers import batch_moments
+from granq_jax.devices import AXIS, mean_over_devices
+from granq_jax.models.layers import batch_moments, moments_of_all
 from granq_jax.objectives import feature_maps, generator_loss, student_loss
 from granq_jax.quant import RANGES, QuantizedModel, in_full_precision, quantize
 from granq_jax.trainer import AVERAGE, Trainer, TrainState, Variables, evaluation_mode
@@ -67,16 +68,26 @@ def apply_with_moments(
                 raise ValueError(
                     f"BatchNorm.axis: got {context.module.axis} at {'/'.join(context.module.path)}, allowed is -1"
                 )
-            mean, var = batch_moments(x, axis_name)
-            context.module.sow("moments", "mean", mean)
-            context.module.sow("moments", "var", var)
+            for name, moment in zip(("mean", "var"), batch_moments(x), strict=True):
+                context.module.sow("moments", name, moment)
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(observe):
         (logits, collections), activations = model.apply_with_activations(
             variables, images, **evaluation_mode(model.model), mutable=["moments"]
         )
-    return (logits, collections.get("moments", {})), activations
+    moments = collections.get("moments", {})
+    return (logits, moments if axis_name is None else _of_all_devices(moments, axis_name)), activations
+
+
+def _of_all_devices(moments: Variables, axis_name: str) -> Variables:
+    """All of them at once: the devices need not wait for each other at every batch norm."""
+    flat = flax.traverse_util.flatten_dict(moments)
+    mean, var = ({path[:-1]: x for path, x in flat.items() if path[-1] == kind} for kind in ("mean", "var"))
+    mean, var = moments_of_all(mean, var, axis_name)
+    return flax.traverse_util.unflatten_dict(
+        {(*path, kind): x for kind, tree in (("mean", mean), ("var", var)) for path, x in tree.items()}
+    )
 
 
 def update(
@@ -159,7 +170,7 @@ def update(
 
     # Every device's loss is the mean over its own samples, and a collective in a forward pass
     # carries cotangents from all devices: the mean of the gradients is that of the mean loss.
-    generator_grads, student_grads, metrics = _mean_over_devices((generator_grads, student_grads, metrics), axis_name)
+    generator_grads, student_grads, metrics = mean_over_devices((generator_grads, student_grads, metrics), axis_name)
     # Parameters change when nothing reads them any more: then XLA need not copy them first.
     generator_grads, student_grads = jax.lax.optimization_barrier((generator_grads, student_grads))
     generator_params, generator_opt = _apply_gradients(
@@ -217,10 +228,6 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
         donate_argnums=0,
         devices=devices,
     )
-
-
-def _mean_over_devices(tree, axis_name):
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def _first_nonfinite(trees):

@@ -11,6 +11,8 @@ hypothesis.settings.register_profile("same_every_time", derandomize=True, deadli
 hypothesis.settings.load_profile("same_every_time")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The command line takes two where nothing is said, if JAX has not computed: that would depend on the order of tests.
+jax.config.update("jax_num_cpu_devices", 1)
 
 # Many tests compile the same programs: a cache that lives as long as the session spares them that.
 _compiled = tempfile.TemporaryDirectory()

@@ -1,15 +1,18 @@
 """Several devices compute what one computes. In processes of their own, which have eight devices."""
 
 import json
+import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import chex
 import jax
+import numpy as np
 import pytest
 
-from granq_jax.devices import sample_index
+from granq_jax.devices import cores, mean_over_devices, sample_index
 from tests.conftest import one_line_error
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "device_agreement.py"
@@ -34,6 +37,56 @@ def test_a_batch_that_does_not_divide_is_refused():
         sample_index(20, jax.devices() * 3, "config.batch_size")
     with one_line_error(ValueError, "config.batch_size", "6", "4 devices of 2 processes", "4 or 8"):
         sample_index(6, devices_of(0, 0, 1, 1), "config.batch_size")
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_means_over_devices_of_small_and_large_arrays(devices):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (2, 3), "large": (200, 200), "b": {"scalar": (), "none": None, "empty": (0, 2)}}
+    tree = jax.tree.map(
+        lambda shape: None if shape is None else rng.normal(size=(devices, *shape)).astype(np.float32),
+        shapes,
+        is_leaf=lambda shape: shape is None or isinstance(shape, tuple),
+    )
+    means = jax.vmap(lambda tree: mean_over_devices(tree, "batch"), axis_name="batch")(tree)
+    chex.assert_trees_all_close(means, jax.tree.map(lambda x: np.broadcast_to(x.mean(0), x.shape), tree), rtol=1e-5)
+    assert mean_over_devices(tree, None) is tree
+
+
+HALVE = """
+import os, sys
+import jax
+from granq_jax.devices import halve_cpu
+
+sizes, before = sys.argv[1].split(","), sys.argv[2]
+if before == "one core":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+if before == "computed":
+    jax.devices()
+halve_cpu([int(size) for size in sizes])
+print(jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "before", "environment", "devices"),
+    [
+        ("16,64", "", {}, min(2, cores())),
+        ("16,63", "", {}, 1),
+        ("16", "computed", {}, 1),
+        ("16", "", {"JAX_NUM_CPU_DEVICES": "1"}, 1),
+        ("16", "", {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
+        pytest.param(
+            *("16", "one core", {}, 1),
+            marks=pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to keep to one core"),
+        ),
+    ],
+)
+def test_a_cpu_of_several_cores_is_two_devices_unless_something_speaks_against_it(sizes, before, environment, devices):
+    own = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    command = [sys.executable, "-c", HALVE, sizes, before]
+    finished = subprocess.run(command, env=own | environment, capture_output=True, text=True, check=True, timeout=60)
+    assert int(finished.stdout) == devices
 
 
 def devices_of(*processes):

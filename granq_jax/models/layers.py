@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from granq_jax.models.convolution import convolve
 
@@ -93,10 +96,26 @@ def batch_moments(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array
     """
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(x, axes)
-    if axis_name is not None:
-        mean = jax.lax.pmean(mean, axis_name)
     # Two sweeps instead of E[x^2] - E[x]^2, which loses all digits where the mean is large.
     variance = jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
-    if axis_name is not None:
-        variance = jax.lax.pmean(variance, axis_name)
-    return mean, variance
+    return (mean, variance) if axis_name is None else moments_of_all(mean, variance, axis_name)
+
+
+def moments_of_all(mean: Any, variance: Any, axis_name: str) -> tuple[Any, Any]:
+    """Means and biased variances over all devices from those over each one's equal share, exchanged at once.
+
+    The mean is that of the means, the variance the mean of the variances plus the variance of the means (Chan,
+    Golub and LeVeque, 1983).
+
+    Args:
+      mean: a tree of arrays.
+      variance: a tree of the same structure.
+      axis_name: mapped axis.
+    """
+    if jax.lax.axis_size(axis_name) == 1:
+        return mean, variance
+    means, unravel = ravel_pytree(mean)
+    variances, _ = ravel_pytree(variance)
+    means, variances = jax.lax.all_gather(jnp.stack([means, variances]), axis_name, axis=1)
+    of_all = jnp.mean(means, 0)
+    return unravel(of_all), unravel(jnp.mean(variances + jnp.square(means - of_all[None]), 0))
