@@ -83,16 +83,12 @@ class UpsampleConv(nn.Module):
         return upsample_conv(x, kernel) + bias.reshape(1, 1, 1, -1)
 
 
+@jax.custom_vjp
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Nearest-neighbour up-sampling by 2 and a 3x3 convolution that keeps the size, in a quarter of the products.
+    """Nearest-neighbour up-sampling by 2 and a 3x3 convolution that keeps the size.
 
-    In one dimension, with the taps (a, b, c) and d[i] = x[i - 1] - x[i], the two outputs at a pixel are
-
-    - y[2i] = a x[i - 1] + (b + c) x[i] = (a + b + c) x[i] + a d[i]
-    - y[2i + 1] = (a + b) x[i] + c x[i + 1] = (a + b + c) x[i] - c d[i + 1]
-
-    which is three products for the six of the formula, and nine for 36 in two dimensions. Outside of ``x`` is zero,
-    and the large input is never built.
+    The large input is never built. On CPUs this is nine products of the small one instead of 36, elsewhere sixteen,
+    which move less memory: compiled for an H100, ResNet-18's step moved 17.4 GB with sixteen and 22.3 with nine.
 
     Args:
       x: (N, H, W, C).
@@ -106,7 +102,37 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
       >>> upsample_conv(jnp.ones((1, 2, 1, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0].tolist()
       [[4.0, 4.0], [6.0, 6.0], [6.0, 6.0], [4.0, 4.0]]
     """
-    (n, height, width, channels), features = x.shape, kernel.shape[-1]
+    return jax.lax.platform_dependent(x, kernel, cpu=nine_products, default=four_phases)
+
+
+def _forward(x, kernel):
+    return upsample_conv(x, kernel), (x, kernel)
+
+
+def _backward(residuals, cotangent):
+    def gradients(form):
+        return lambda x, kernel, cotangent: jax.vjp(form, x, kernel)[1](cotangent)
+
+    return jax.lax.platform_dependent(
+        *residuals, cotangent, cpu=gradients(nine_products), default=gradients(four_phases)
+    )
+
+
+upsample_conv.defvjp(_forward, _backward)
+
+
+def nine_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """:func:`upsample_conv` as products of the image and of its differences.
+
+    In one dimension, with the taps (a, b, c) and d[i] = x[i - 1] - x[i], the two outputs at a pixel are
+
+    - y[2i] = a x[i - 1] + (b + c) x[i] = (a + b + c) x[i] + a d[i]
+    - y[2i + 1] = (a + b) x[i] + c x[i + 1] = (a + b + c) x[i] - c d[i + 1]
+
+    which is three products for the six of the formula, and nine for 36 in two dimensions. Outside of ``x`` is zero.
+    """
+    _, height, width, channels = x.shape
+    features = kernel.shape[-1]
     taps = _sum_and_ends(_sum_and_ends(kernel).swapaxes(0, 1)).swapaxes(0, 1)
 
     def products(x, *kernels):
@@ -119,13 +145,36 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     corners = products(_differences(down, 2), *taps[1, 1:], *taps[2, 1:])
 
     def phase(a, b):
-        """The outputs (2i + a, 2j + b)."""
         i, j = slice(a, a + height), slice(b, b + width)
         of_row, of_column, of_both = (slice(k * features, (k + 1) * features) for k in (a, b, 2 * a + b))
         return pixels + rows[:, i, :, of_row] + columns[:, :, j, of_column] + corners[:, i, j, of_both]
 
+    return _interleaved(phase)
+
+
+def four_phases(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """:func:`upsample_conv` as four 2x2 convolutions.
+
+    An output pixel of even row sees the rows (r - 1, r, r) of the small image, one of odd row (r, r, r + 1), columns
+    likewise; adding up the taps that meet the same pixel leaves a 2x2 kernel for each of the four phases.
+    """
+
+    def halves(taps, odd):
+        first, second, third = taps
+        return jnp.stack([first + second, third] if odd else [first, second + third])
+
+    def phase(a, b):
+        taps = halves(halves(kernel, a).swapaxes(0, 1), b).swapaxes(0, 1)
+        return convolve(x, taps, (1, 1), [(1 - a, a), (1 - b, b)])
+
+    return _interleaved(phase)
+
+
+def _interleaved(phase):
+    """(N, 2H, 2W, features) of ``phase(a, b)``, the pixels (2i + a, 2j + b)."""
     y = jnp.stack([jnp.stack([phase(a, b) for b in (0, 1)], axis=3) for a in (0, 1)], axis=2)
-    return y.reshape(n, 2 * height, 2 * width, -1)
+    n, height, _, width, _, features = y.shape
+    return y.reshape(n, 2 * height, 2 * width, features)
 
 
 def _sum_and_ends(taps):

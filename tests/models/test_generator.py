@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from granq_jax import Generator
-from granq_jax.models.generator import BatchStatsNorm, UpsampleConv
+from granq_jax.models.generator import BatchStatsNorm, UpsampleConv, four_phases, nine_products, upsample_conv
 from tests.conftest import one_line_error
 from tests.golden_figures import (
     CIFAR,
@@ -66,30 +66,34 @@ def test_running_statistics_follow_pytorch(x64):
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("form", [upsample_conv, nine_products, four_phases])
 @pytest.mark.parametrize(
     "shape",
     [(1, 5, 3, 2), pytest.param((2, 4, 4, 3), marks=SLOW), pytest.param((3, 1, 1, 4), marks=SLOW), (1, 2, 7, 1)],
 )
-def test_nine_products_equal_up_sampling_and_convolution(x64, shape):
+def test_fast_forms_equal_up_sampling_and_convolution(x64, shape, form):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal(shape))
-    module = UpsampleConv(5)
-    variables = module.init(jax.random.key(0), x)
+    x, kernel = jnp.asarray(rng.standard_normal(shape)), jnp.asarray(rng.standard_normal((3, 3, shape[-1], 5)))
     cotangent = jnp.asarray(rng.standard_normal((shape[0], 2 * shape[1], 2 * shape[2], 5)))
 
-    def plain(params, x):
+    def plain(x, kernel):
         large = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        y = jax.lax.conv_general_dilated(
-            large, params["kernel"], (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            large, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y + params["bias"].reshape(1, 1, 1, -1)
 
-    expected, pull_expected = jax.vjp(plain, variables["params"], x)
-    value, pull = jax.vjp(lambda params, x: module.apply({"params": params}, x), variables["params"], x)
+    expected, pull_expected = jax.vjp(plain, x, kernel)
+    value, pull = jax.vjp(form, x, kernel)
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-10)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), pull(cotangent), pull_expected(cotangent)
-    )
+    for gradient, wanted in zip(pull(cotangent), pull_expected(cotangent), strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-10)
+
+
+def test_up_sampling_and_convolution_adds_the_bias():
+    x = jnp.ones((1, 2, 3, 2))
+    variables = {"params": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.arange(4.0)}}
+    y = UpsampleConv(4).apply(variables, x)
+    np.testing.assert_allclose(y, upsample_conv(x, variables["params"]["kernel"]) + jnp.arange(4.0).reshape(1, 1, 1, 4))
 
 
 @pytest.mark.parametrize(
