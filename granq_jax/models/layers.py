@@ -111,6 +111,12 @@ def moments_of_all(mean: Any, variance: Any, axis_name: str) -> tuple[Any, Any]:
       mean: a tree of arrays.
       variance: a tree of the same structure.
       axis_name: mapped axis.
+
+    Examples:
+      >>> over_two = jax.vmap(lambda *moments: moments_of_all(*moments, "batch"), axis_name="batch")
+      >>> mean, variance = over_two(jnp.array([[1.0], [3.0]]), jnp.array([[0.5], [0.5]]))
+      >>> mean[0].tolist(), variance[0].tolist()
+      ([2.0], [1.5])
     """
     if jax.lax.axis_size(axis_name) == 1:
         return mean, variance

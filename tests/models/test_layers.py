@@ -7,9 +7,8 @@ from granq_jax.models.layers import batch_moments, moments_of_all
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("offset", "tolerance"), [(0.0, 1e-12), (1e6, 1e-6)]
-)  # where E[x^2] - E[x]^2 has no digit left
+# At an offset of 1e6 E[x^2] - E[x]^2 has no digit left.
+@pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 1e-12), (1e6, 1e-6)])
 def test_moments_and_gradients_over_devices_are_those_of_the_whole_batch(devices, offset, tolerance, x64):
     rng = np.random.default_rng(0)
     x = rng.normal(offset, 1e-3, (8, 3, 5, 7)) + rng.normal(0, 1e-2, (8, 1, 1, 7))
