@@ -28,12 +28,13 @@ x = jnp.ones((2048, 4))
 lowered = program.lower(x)
 compiled = compile_to_repeat(lowered, "cpu") if sys.argv[2] == "kept" else lowered.compile()
 expected = compiled(x).item()
-for _ in range(3):
-    compiled(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+faults = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     assert compiled(x).item() == expected
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+# Each of XLA's threads keeps memory of its own, and which of them runs the program is a matter of chance.
+print(min(faults))
 """
 
 
