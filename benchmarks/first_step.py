@@ -71,7 +71,7 @@ def random_variables(info):
             return np.ones(leaf.shape, leaf.dtype)
         return rng.normal(0, math.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(leaf.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(info.model.init, jax.random.key(0), images))
+    return jax.tree.map(draw, jax.eval_shape(lambda x: info.model.init(jax.random.key(0), x), images))
 
 
 def main():

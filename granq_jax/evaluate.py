@@ -21,6 +21,7 @@ from granq_jax.checks import check_choice
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
 from granq_jax.devices import AXIS, cores, place, sample_index
+from granq_jax.platforms import traced_for
 from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
 from granq_jax.record import check_writable, describe, versions, write_json
@@ -169,7 +170,8 @@ def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Se
     share = sample_index(batch_size, devices, "eval_batch_size")
 
     def correct(variables, images, labels, weights):
-        logits = apply(variables, images)
+        with traced_for(devices):
+            logits = apply(variables, images)
         _, likeliest = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = likeliest == labels[:, None]
         counts = [jnp.sum(hits[:, :k].any(axis=1) * weights) for k in (1, 5)]

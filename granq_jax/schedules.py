@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -26,6 +28,7 @@ def step_decay(
       >>> [round(float(rate(step)), 6) for step in (0, 19, 20, 29, 30)]
       [1.0, 1.0, 0.1, 0.1, 0.01]
     """
-    decays = {epoch * steps_per_epoch: 0.1 for epoch in decay_epochs}
-    schedule = optax.piecewise_constant_schedule(learning_rate, decays)
-    return lambda count: schedule(count + first_step)
+    decays = np.array([epoch * steps_per_epoch - first_step for epoch in decay_epochs])
+    rates = learning_rate * 0.1 ** np.arange(len(decays) + 1)
+    # A sum and a look-up are computed once a step, where XLA repeats a formula for every parameter.
+    return lambda count: jnp.asarray(rates)[jnp.sum(count >= decays)]

@@ -13,7 +13,6 @@ made before; so both losses share one forward pass, and their gradients are two 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from granq_jax.devices import AXIS, mean_over_devices
+from granq_jax.devices import AXIS, SMALL, mean_over_devices
 from granq_jax.models.layers import batch_moments, moments_of_all
 from granq_jax.objectives import feature_maps, generator_loss, student_loss
+from granq_jax.platforms import traced_for
 from granq_jax.quant import RANGES, QuantizedModel, in_full_precision, quantize
 from granq_jax.trainer import AVERAGE, Trainer, TrainState, Variables, evaluation_mode
 
@@ -218,10 +218,13 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
     ``state`` and ``teacher`` are whole on every device, ``index`` (devices, n) is split by its first
     axis; see :func:`granq_jax.devices.place`.
     """
-    if trainer.impl == "auto" and all(device.platform == "cpu" for device in devices):
-        trainer = dataclasses.replace(trainer, impl="xla")  # the kernels that it would not take need not be traced
+
+    def on_them(state, teacher, index):
+        with traced_for(devices):
+            return step(trainer, warmup, state, teacher, index, axis_name=AXIS)
+
     return jax.pmap(
-        partial(step, trainer, warmup, axis_name=AXIS),
+        on_them,
         axis_name=AXIS,
         in_axes=(None, None, 0),
         out_axes=None,
@@ -231,7 +234,12 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
 
 
 def _first_nonfinite(trees):
-    finite = jnp.stack([jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all() for tree in trees])
+    def all_finite(tree):
+        leaves = [x.ravel() for x in jax.tree.leaves(tree)]
+        joined = [jnp.concatenate(small)] if (small := [x for x in leaves if x.size < SMALL]) else []
+        return jnp.stack([jnp.isfinite(x).all() for x in joined + [x for x in leaves if x.size >= SMALL]]).all()
+
+    finite = jnp.stack([all_finite(tree) for tree in trees])
     return jnp.where(finite.all(), 0, 1 + jnp.argmin(finite)).astype(jnp.int32)
 
 

@@ -81,7 +81,7 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
                 value = fitting[key].read() if isinstance(fitting[key], StoredTensor) else fitting[key]
             variables[path] = _checked(key, value if in_flax_names else _to_flax_layout(value), path[-1] == "var")
     logger.info("teacher: %s in %s names", name, zoo if in_flax_names else f"{zoo}'s")
-    return flax.traverse_util.unflatten_dict(variables)
+    return jax.device_put(flax.traverse_util.unflatten_dict(variables), may_alias=False)
 
 
 def torch_name(name: str, path: tuple[str, ...], zoo: str = "pytorchcv") -> str:
@@ -101,7 +101,8 @@ def torch_name(name: str, path: tuple[str, ...], zoo: str = "pytorchcv") -> str:
 def _shapes(name: str) -> dict[tuple[str, ...], tuple[int, ...]]:
     info = network(name)
     images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
-    variables = jax.eval_shape(info.model.init, jax.random.key(0), images)
+    # The key within: it is not computed then, for which JAX would have to compile.
+    variables = jax.eval_shape(lambda x: info.model.init(jax.random.key(0), x), images)
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
 
 
@@ -198,14 +199,13 @@ def _to_numpy(key: str, value: Any) -> np.ndarray:
         raise ValueError(f"teacher: {key} is a {type(value).__name__} that is no array") from error
 
 
-def _checked(key: str, value: np.ndarray, is_variance: bool) -> jax.Array:
+def _checked(key: str, value: np.ndarray, is_variance: bool) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
-        array = jnp.asarray(value.astype(value.dtype.newbyteorder("="), copy=False))
-    numbers = np.asarray(array)
-    if not np.isfinite(numbers).all():
+        array = value.astype(jax.dtypes.canonicalize_dtype(value.dtype.newbyteorder("=")), copy=False)
+    if not np.isfinite(array).all():
         raise ValueError(f"teacher: {key} holds NaN or infinity, allowed are finite numbers of {array.dtype}")
-    if is_variance and (numbers < 0).any():
-        raise ValueError(f"teacher: {key} holds {numbers.min()}, allowed are numbers from 0, since it is a variance")
+    if is_variance and (array < 0).any():
+        raise ValueError(f"teacher: {key} holds {array.min()}, allowed are numbers from 0, since it is a variance")
     return array
 
 

@@ -236,23 +236,20 @@ class Trainer:
 
     def init(self, teacher: Variables) -> TrainState:
         """The state before the first step: a random generator, and the teacher as student."""
-        return self._jitted_first_state(self._generator_key, dict(teacher))
+        return self._jitted_first_state(dict(teacher))
 
     def state_shapes(self, teacher: Variables) -> TrainState:
         """What :meth:`init` gives as ``jax.ShapeDtypeStruct``s; ``teacher`` may consist of such too."""
-        shapes: TrainState = self._jitted_first_state.eval_shape(self._generator_key, dict(teacher))
+        shapes: TrainState = self._jitted_first_state.eval_shape(dict(teacher))
         return shapes
 
     @functools.cached_property
     def _jitted_first_state(self) -> Any:  # one, so that its trace serves both
         return jax.jit(self._first_state, compiler_options=COMPILED_FAST)
 
-    @property
-    def _generator_key(self) -> jax.Array:
+    def _first_state(self, teacher: dict[str, Any]) -> TrainState:
         # A stream of its own, so that the weights do not repeat the noise of the steps.
-        return jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
-
-    def _first_state(self, key: jax.Array, teacher: dict[str, Any]) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
         generator = self.generator.init(key, z, labels)
         student = jax.tree.map(jnp.copy, flax.core.unfreeze(teacher))  # which steps may overwrite

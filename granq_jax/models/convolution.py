@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from granq_jax.platforms import by_platform
+
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # What a part of the batch may take so that it stays in the cache while its share of the kernel's
 # gradient is computed.
@@ -151,7 +153,7 @@ def _convolution(x, kernel, strides, padding):
         for_cpu = partial(_in_columns, columns=columns, padding=padding)
     else:
         return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=for_cpu, default=plain)
+    return by_platform(x, kernel, cpu=for_cpu, default=plain)
 
 
 @partial(jax.jit, static_argnums=(3, 4))
@@ -184,7 +186,7 @@ def _convolution_gradients(x, kernel, cotangent, strides, padding):
         for_cpu = pointwise
     else:
         for_cpu = narrow if _is_narrow(kernel.shape, strides) else in_parts
-    return lax.platform_dependent(x, kernel, cotangent, cpu=for_cpu, default=plain)
+    return by_platform(x, kernel, cotangent, cpu=for_cpu, default=plain)
 
 
 def _around(window, padding):

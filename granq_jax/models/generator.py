@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from granq_jax.models.convolution import convolve
 from granq_jax.models.layers import batch_moments
+from granq_jax.platforms import by_platform
 
 
 def _uniform_fan_in(key, shape, dtype=jnp.float32):
@@ -102,7 +103,7 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
       >>> upsample_conv(jnp.ones((1, 2, 1, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0].tolist()
       [[4.0, 4.0], [6.0, 6.0], [6.0, 6.0], [4.0, 4.0]]
     """
-    return jax.lax.platform_dependent(x, kernel, cpu=nine_products, default=four_phases)
+    return by_platform(x, kernel, cpu=nine_products, default=four_phases)
 
 
 def _forward(x, kernel):
@@ -113,9 +114,7 @@ def _backward(residuals, cotangent):
     def gradients(form):
         return lambda x, kernel, cotangent: jax.vjp(form, x, kernel)[1](cotangent)
 
-    return jax.lax.platform_dependent(
-        *residuals, cotangent, cpu=gradients(nine_products), default=gradients(four_phases)
-    )
+    return by_platform(*residuals, cotangent, cpu=gradients(nine_products), default=gradients(four_phases))
 
 
 upsample_conv.defvjp(_forward, _backward)

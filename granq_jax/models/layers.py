@@ -94,11 +94,42 @@ def batch_moments(x: jax.Array, axis_name: str | None = None) -> tuple[jax.Array
       x: float array, channels last.
       axis_name: mapped axis that splits the batch; the moments are then those of the whole batch.
     """
+    mean, variance = _moments(x)
+    return (mean, variance) if axis_name is None else moments_of_all(mean, variance, axis_name)
+
+
+@jax.custom_vjp
+def _moments(x):
+    return _two_sweeps(x)
+
+
+def _forward(x):
+    mean, variance = _two_sweeps(x)
+    return (mean, variance), (x, mean)
+
+
+def _backward(residuals, cotangents):
+    return (_to_x(*residuals, *cotangents),)
+
+
+_moments.defvjp(_forward, _backward)
+
+
+# Both are jitted within what is differentiated, so that the batch norms of one shape are traced once.
+@jax.jit
+def _two_sweeps(x):
+    """Instead of E[x^2] - E[x]^2, which loses all digits where the mean is large."""
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(x, axes)
-    # Two sweeps instead of E[x^2] - E[x]^2, which loses all digits where the mean is large.
-    variance = jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
-    return (mean, variance) if axis_name is None else moments_of_all(mean, variance, axis_name)
+    return mean, jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
+
+
+@jax.jit
+def _to_x(x, mean, to_mean, to_variance):
+    """The formula's gradient without a term that is zero: deviations from the mean add up to nothing."""
+    spread = (1,) * (x.ndim - 1) + (-1,)
+    to_mean, slope = (c.reshape(spread) / (x.size // x.shape[-1]) for c in (to_mean, 2 * to_variance))
+    return to_mean + slope * (x - mean.reshape(spread))
 
 
 def moments_of_all(mean: Any, variance: Any, axis_name: str) -> tuple[Any, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from granq_jax.platforms import by_platform
+
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
 KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -37,4 +39,4 @@ def dispatch(impl: str, by_xla: Callable[..., Any], by_kernel: Callable[..., Any
     compiled = partial(by_kernel, interpret=False)
     if impl == "pallas":
         return compiled(*operands)
-    return jax.lax.platform_dependent(*operands, cuda=compiled, rocm=compiled, default=by_xla)
+    return by_platform(*operands, cuda=compiled, rocm=compiled, default=by_xla)

@@ -145,11 +145,16 @@ def _by_kernel(x, norm, residual, *, how, interpret):
     )
 
 
-# Jitted within, not around, what is differentiated, so that a network's arrays of one shape are traced once.
+# Both are jitted within, not around, what is differentiated, so that a network's arrays of one shape are traced once.
 @partial(jax.jit, static_argnums=0)
 def _fake_quant(how, x, norm, residual):
     impl = how.impl if has_kernel(x, how.granularity) else "xla"
     return dispatch(impl, partial(_by_xla, how=how), partial(_by_kernel, how=how), x, norm, residual)
+
+
+@partial(jax.jit, static_argnums=0)
+def _to_operands(activation, operands, cotangent):
+    return jax.vjp(partial(_before, activation=activation), *operands)[1](cotangent)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,10 +168,7 @@ def _straight_through_forward(how, x, norm, residual):
 
 
 def _straight_through_backward(how, saved, cotangent):
-    if saved is None:
-        return cotangent, None, None
-    _, pull_back = jax.vjp(partial(_before, activation=how.activation), *saved)
-    return pull_back(cotangent)
+    return (cotangent, None, None) if saved is None else _to_operands(how.activation, saved, cotangent)
 
 
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)

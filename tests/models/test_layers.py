@@ -26,6 +26,24 @@ def test_moments_and_gradients_over_devices_are_those_of_the_whole_batch(devices
     np.testing.assert_allclose(gradients.reshape(x.shape), jax.grad(loss)(jnp.asarray(x)), rtol=tolerance, atol=1e-15)
 
 
+def test_gradients_of_moments_of_any_order_are_those_of_the_formula(x64):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(2.0, 3.0, (5, 3, 4, 6)))
+    weights = jnp.asarray(rng.normal(size=(2, 6)))
+
+    def formula(x):
+        return jnp.mean(x, (0, 1, 2)), jnp.mean((x - jnp.mean(x, (0, 1, 2), keepdims=True)) ** 2, (0, 1, 2))
+
+    def first(moments):
+        return jax.grad(lambda x: sum(jnp.sum(w * jnp.sin(m)) for w, m in zip(weights, moments(x), strict=True)))
+
+    def second(moments):
+        return jax.grad(lambda x: jnp.sum(jnp.cos(100 * first(moments)(x))))
+
+    for order in (first, second):
+        np.testing.assert_allclose(order(batch_moments)(x), order(formula)(x), rtol=1e-10, atol=1e-13)
+
+
 def test_moments_of_trees_keep_their_structure():
     mean, variance = {"a": jnp.zeros(2), "b": (jnp.ones(3),)}, {"a": jnp.ones(2), "b": (jnp.zeros(3),)}
     stacked = jax.tree.map(lambda x: jnp.stack([x, x + 2]), (mean, variance))
