@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -160,17 +161,7 @@ class QuantizedModel:
         self, path: str, kind: str, x: jax.Array, within: jax.Array | None, reference: jax.Array
     ) -> Observation:
         site = _site(path, kind, x.shape, self.spec.at(path))
-        quantized, counts = x, None
-        if site.bits is not None and site.granularity is not None:
-            if within is not None:
-                quantized = fake_quant_within(x, within, site.bits)
-                codes = codes_within(x, within, site.bits).codes
-            else:
-                quantized = fake_quant(x, bits=site.bits, granularity=site.granularity, impl="xla")
-                codes = quantize_codes(x, bits=site.bits, granularity=site.granularity, impl="xla").codes
-            codes = codes.astype(jnp.int32) + 2 ** (site.bits - 1)
-            counts = jnp.bincount(codes.ravel(), length=2**site.bits)
-        return Observation(site, _relative_error(quantized, x), _relative_error(quantized, reference), counts)
+        return Observation(site, *_errors_and_counts(site.bits, site.granularity, x, within, reference))
 
     def _apply(self, variables, args, kwargs):
         """The model's outputs, and the activations that were met."""
@@ -402,6 +393,21 @@ def _epilogue(
 
 def _is_of_class(cls: type[nn.Module], wanted: str | type) -> bool:
     return issubclass(cls, wanted) if isinstance(wanted, type) else cls.__name__ == wanted
+
+
+# Jitted, so that arrays of one shape are traced once.
+@partial(jax.jit, static_argnums=(0, 1))
+def _errors_and_counts(bits, granularity, x, within, reference):
+    quantized, counts = x, None
+    if bits is not None and granularity is not None:
+        if within is not None:
+            quantized = fake_quant_within(x, within, bits)
+            codes = codes_within(x, within, bits).codes
+        else:
+            quantized = fake_quant(x, bits=bits, granularity=granularity, impl="xla")
+            codes = quantize_codes(x, bits=bits, granularity=granularity, impl="xla").codes
+        counts = jnp.bincount(codes.ravel().astype(jnp.int32) + 2 ** (bits - 1), length=2**bits)
+    return _relative_error(quantized, x), _relative_error(quantized, reference), counts
 
 
 def _relative_error(x: jax.Array, reference: jax.Array) -> jax.Array:

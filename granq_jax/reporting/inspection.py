@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import flax.traverse_util
 import jax
 import numpy as np
 
-from granq_jax.compilation_cache import COMPILED_FAST
+from granq_jax.memory import without_collecting
+from granq_jax.platforms import traced_for
 from granq_jax.quant import ActivationStorage, Observation, activation_storage, quantize, storage_bytes
 from granq_jax.quant.weights import weight_paths
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
@@ -53,19 +53,21 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
     classes = np.arange(shown, dtype=np.int32) * generator.classes // shown
     labels = np.repeat(classes, a_class)
 
-    @partial(jax.jit, compiler_options=COMPILED_FAST)
+    @jax.jit
     def inspect(generator_variables, teacher, student_variables):
         # A stream of its own: not that of the steps, nor of the generator's weights.
         key = jax.random.fold_in(jax.random.key(trainer.seed), 2**31 - 2)
         z = jax.random.normal(key, (len(labels), trainer.latent), trainer.dtype)
-        images, _ = generator.apply(generator_variables, z, labels, mutable=["batch_stats"])
-        return images, student.observe(teacher, student_variables, images, **evaluation_mode(trainer.model))
+        with traced_for(jax.local_devices()):
+            images, _ = generator.apply(generator_variables, z, labels, mutable=["batch_stats"])
+            return images, student.observe(teacher, student_variables, images, **evaluation_mode(trainer.model))
 
     def look(state: TrainState) -> Inspection:
         # From the host: the state may be spread over devices, of which one is enough here.
         student = state.result
         variables = jax.device_get((state.generator, teacher, student))
-        images, observations = jax.device_get(inspect(*variables))
+        with without_collecting():
+            images, observations = jax.device_get(inspect(*variables))
         return Inspection(
             images.reshape(shown, a_class, *images.shape[1:]),
             classes,
