@@ -16,7 +16,6 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors.flax
 
 from granq_jax.processes import from_first, is_first
@@ -61,6 +60,9 @@ class Checkpoints:
             return
         if not read_only:
             self._directory.mkdir(parents=True, exist_ok=True)
+        import orbax.checkpoint as ocp  # here: it takes 0.1 s, which who keeps no checkpoints need not wait for
+
+        self._args = ocp.args
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -95,7 +97,7 @@ class Checkpoints:
         self._guarded(
             "save",
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
+            args=self._args.Composite(state=self._args.StandardSave(arrays), record=self._args.JsonSave(record)),
         )
 
     def check(self) -> None:
@@ -170,7 +172,7 @@ class Checkpoints:
         return [i >= newest or checkpoint.step == self.best_step for i, checkpoint in enumerate(checkpoints)]
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
+        items = self._args.Composite(state=self._args.StandardRestore(target), record=self._args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         record = restored.record
         if record["sha256"] != _digest(restored.state, record["notes"]):

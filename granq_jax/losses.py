@@ -82,13 +82,13 @@ def batch_norm_statistics(
       moments: mean and biased variance (C,) of the input of each batch norm.
       running: the running mean and variance (C,) of each, in the same order.
     """
-    shares = [np.full(mean.size, 1 / (mean.size * len(moments))) for mean, _ in moments]
-    (means, variances), (running_means, running_variances) = (
-        [jnp.concatenate(parts) for parts in zip(*pairs, strict=True)] for pairs in (moments, running)
-    )
-    # Of all batch norms at once: two operations each would be several hundred small ones to compile and to start.
-    squares = jnp.square(means - running_means) + jnp.square(variances - running_variances)
-    return jnp.sum(squares * np.concatenate(shares).astype(squares.dtype))
+    squares = [
+        jnp.square(mean - running_mean) + jnp.square(var - running_var)
+        for (mean, var), (running_mean, running_var) in zip(moments, running, strict=True)
+    ]
+    # One sum over all batch norms: a mean of each would be several small operations to compile and to start.
+    shares = np.concatenate([np.full(x.size, 1 / (x.size * len(squares)), x.dtype) for x in squares])
+    return jnp.sum(jnp.concatenate(squares) * shares)
 
 
 def distillation(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:

@@ -22,6 +22,7 @@ import numpy as np
 
 from granq_jax.models.registry import network
 from granq_jax.models.resnet import ResNet
+from granq_jax.platforms import traced_for
 from granq_jax.tensor_files import READERS, StoredTensor
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -101,8 +102,9 @@ def torch_name(name: str, path: tuple[str, ...], zoo: str = "pytorchcv") -> str:
 def _shapes(name: str) -> dict[tuple[str, ...], tuple[int, ...]]:
     info = network(name)
     images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
-    # The key within: it is not computed then, for which JAX would have to compile.
-    variables = jax.eval_shape(lambda x: info.model.init(jax.random.key(0), x), images)
+    with traced_for(()):  # nowhere
+        # The key within: it is not computed then, for which JAX would have to compile.
+        variables = jax.eval_shape(lambda x: info.model.init(jax.random.key(0), x), images)
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
 
 

@@ -19,6 +19,7 @@ from granq_jax import schedules
 from granq_jax.checks import betas, check_choice, check_fields, decay, increasing_epochs, real, whole
 from granq_jax.compilation_cache import COMPILED_FAST
 from granq_jax.models.generator import Generator
+from granq_jax.platforms import traced_for
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 
@@ -251,7 +252,8 @@ class Trainer:
         # A stream of its own, so that the weights do not repeat the noise of the steps.
         key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
-        generator = self.generator.init(key, z, labels)
+        with traced_for(()):  # its images are not used, so that any platform's form will do
+            generator = self.generator.init(key, z, labels)
         student = jax.tree.map(jnp.copy, flax.core.unfreeze(teacher))  # which steps may overwrite
         if self.spec.act_ranges == "moving_average":
             student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
