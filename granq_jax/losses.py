@@ -64,10 +64,13 @@ def balance_hinge(
         and reduced, since the gradient flows through the minimum and ``lax.pmin`` has none.)
     """
     h = entropy(teacher - student)
-    everyone = h if axis_name is None else jax.lax.all_gather(h, axis_name)
-    least = jnp.min(everyone)
+    everyone = h if axis_name is None else jax.lax.all_gather(h, axis_name, tiled=True)
+    # By its place: the gradient of jnp.min looks for equal values, and where a compiler computes h once more with
+    # another rounding, as XLA does on GPUs, it finds none and divides by zero.
+    least = everyone[jnp.argmin(everyone)]
     greatest = jnp.log(jnp.asarray(teacher.shape[-1], h.dtype))
-    normalised = (h - least) / jnp.maximum(greatest - least, _MIN_ENTROPY_SPAN)
+    span = greatest - least
+    normalised = (h - least) / jnp.where(span > _MIN_ENTROPY_SPAN, span, _MIN_ENTROPY_SPAN)
     return jnp.mean(jax.nn.relu(lower - normalised)) + jnp.mean(jax.nn.relu(normalised - upper))
 
 
