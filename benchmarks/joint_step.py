@@ -48,7 +48,7 @@ def baseline(batch, classes, steps, memory_format):
     import torch
     from torch_baseline import JointStep
 
-    take = JointStep(batch, classes, memory_format)
+    take = JointStep(batch, f"resnet20_cifar{classes}", memory_format)
     square = torch.ones(2048, 2048)
 
     def step():

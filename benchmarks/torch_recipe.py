@@ -49,7 +49,7 @@ def main():
         parser.error(f"--epochs: got {options.epochs}, allowed are {first_decay} at most: rates would fall after that")
     with tempfile.TemporaryDirectory() as workdir:
         weights = torch_weights(config.network, load_teacher(config, Path(workdir)))
-    take = JointStep(config.batch_size, 10, options.memory_format, weights=weights, seed=options.seed)
+    take = JointStep(config.batch_size, config.network, options.memory_format, weights=weights, seed=options.seed)
     test = load_split("cifar10", "test", options.data_dir)
     evaluate = Evaluation(
         *(test.images, test.labels, config.eval_batch_size, options.memory_format),

@@ -64,7 +64,7 @@ def student_name(student):
 def test_three_joint_steps_of_the_baseline_have_our_losses(memory_format, x64, monkeypatch):
     from torch_baseline import JointStep
 
-    theirs = JointStep(batch=16, classes=10, memory_format=memory_format)
+    theirs = JointStep(batch=16, memory_format=memory_format)
     network, generator = state_dict(CIFAR[f"net/{NAME}/keys"]), state_dict(CIFAR["gen/keys"])
     load(theirs.teacher, network)
     load(theirs.student, network, student_name(theirs.student))
@@ -81,8 +81,8 @@ def test_three_joint_steps_of_the_baseline_have_our_losses(memory_format, x64, m
     state = trainer.init(teacher).replace(generator=generator_variables(generator))
     ours = jax.jit(joint.update, static_argnums=(0, 1))
     for z, labels in zip(CIFAR["gen/z"][:3], CIFAR["gen/labels"][:3], strict=True):
-        monkeypatch.setattr(torch, "randn", lambda *_, z=z: torch.from_numpy(z))
-        monkeypatch.setattr(torch, "randint", lambda *_, labels=labels: torch.from_numpy(labels))
+        monkeypatch.setattr(torch, "randn", lambda *_, z=z, **__: torch.from_numpy(z))
+        monkeypatch.setattr(torch, "randint", lambda *_, labels=labels, **__: torch.from_numpy(labels))
         state, metrics = ours(trainer, False, state, teacher, jnp.asarray(z), jnp.asarray(labels))
         np.testing.assert_allclose(theirs(), [metrics["loss_g"], metrics["loss_s"]], rtol=1e-6)
 
@@ -96,7 +96,7 @@ def test_the_bundled_teacher_can_be_given_to_the_baseline():
     assert weights.keys() == {name for name in network if not name.endswith("num_batches_tracked")}
     for name, value in weights.items():
         np.testing.assert_allclose(value, network[name], rtol=1e-6, err_msg=name)
-    step = JointStep(batch=2, classes=10, memory_format="channels_first", weights=weights)
+    step = JointStep(batch=2, weights=weights)
     images = torch.ones(1, 3, 32, 32)
     assert not torch.equal(step.teacher(images), step.student(images))  # which is quantized, and trains, alone
     before = [parameter.clone() for parameter in step.student.parameters()]
