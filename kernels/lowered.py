@@ -1,0 +1,104 @@
+"""A kernel where it can be lowered, another form elsewhere: decided when a program is lowered, not when it is traced.
+
+Only then are the platform and the GPU known; and a kernel that is not wanted is never traced, nor Pallas imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+PLATFORMS = ("cuda", "rocm")
+_LOGGER = logging.getLogger(__name__)
+
+
+def kernel_or(form: Callable[..., Any], kernel: Callable[..., Any], *operands: Any, required: bool = False) -> Any:
+    """``kernel(*operands)`` in programs for GPUs, where it can be lowered; else ``form(*operands)``.
+
+    Both return arrays of the same shapes and dtypes. Derivatives are those of ``form``.
+
+    Args:
+      form: in plain JAX.
+      kernel: launches of :mod:`granq_jax.kernels.backend`.
+      *operands: pytrees of arrays.
+      required: whether ``form`` must not take the kernel's place.
+
+    Raises:
+      ValueError: when a program is lowered, if the kernel is required and cannot be lowered.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+
+    def flat(function):
+        return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
+
+    results = _kernel_or.bind(*leaves, form=flat(form), kernel=flat(kernel), required=required)
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(form, *operands)), results)
+
+
+_kernel_or = Primitive("kernel_or")
+_kernel_or.multiple_results = True
+
+
+@_kernel_or.def_impl
+def _run(*leaves, **how):
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(_kernel_or.bind, **how))(*leaves)
+
+
+@_kernel_or.def_abstract_eval
+def _shapes(*leaves, form, kernel, required):
+    shapes = jax.eval_shape(form, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
+    return [jax.core.ShapedArray(shape.shape, shape.dtype) for shape in shapes]
+
+
+def _batched(leaves, axes, *, form, kernel, required):
+    mapped = {"form": jax.vmap(form, axes), "kernel": jax.vmap(kernel, axes)}
+    results = _kernel_or.bind(*leaves, **mapped, required=required)
+    return results, [0] * len(results)
+
+
+def _differentiated(primals, tangents, *, form, kernel, required):
+    return jax.jvp(form, primals, [ad.instantiate_zeros(tangent) for tangent in tangents])
+
+
+def _lowered_form(context, *leaves, form, kernel, required):
+    if required:
+        platforms = context.platforms or context.module_context.platforms
+        raise ValueError(_refusal(f"there are kernels for {', '.join(PLATFORMS)}, not for {', '.join(platforms)}"))
+    return mlir.lower_fun(form)(context, *leaves)
+
+
+def _lowered_kernel(context, *leaves, form, kernel, required):
+    try:
+        from granq_jax.kernels import backend
+
+        with backend.lowering():
+            return mlir.lower_fun(kernel)(context, *leaves)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        if required:
+            raise ValueError(_refusal(why)) from error
+    _note(why)
+    return mlir.lower_fun(form)(context, *leaves)
+
+
+def _refusal(why):
+    return f"impl: got 'pallas', which cannot be lowered here ({why}), allowed are 'auto' and 'xla'"
+
+
+@functools.cache
+def _note(why):
+    _LOGGER.warning("The kernels cannot be lowered here, so XLA's form computes, which is slower on a GPU (%s)", why)
+
+
+batching.primitive_batchers[_kernel_or] = _batched
+ad.primitive_jvps[_kernel_or] = _differentiated
+mlir.register_lowering(_kernel_or, _lowered_form)
+for _platform in PLATFORMS:
+    mlir.register_lowering(_kernel_or, _lowered_kernel, platform=_platform)
