@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 # Where there is no GPU: what is lowered is the same for all that Triton serves, and this is the one JAX 0.10 takes.
 _NAMED_GPU = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+_LEAST_CAPABILITY = 8.0  # Ampere; XLA would find out when it compiles
 load, store, program_id, ds = plgpu.load, plgpu.store, pl.program_id, pl.ds
 BlockSpec = pl.BlockSpec
 
@@ -34,7 +35,8 @@ def launch(
     """``pl.pallas_call`` of a kernel that keeps no more than one stage of a loop in flight."""
     return pl.pallas_call(
         kernel,
-        out_shape=out_shape,
+        # Not as it comes: within jax.shard_map that would have to tell over which axes it varies.
+        out_shape=jax.tree.map(lambda array: jax.core.ShapedArray(array.shape, array.dtype), out_shape),
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
@@ -45,11 +47,20 @@ def launch(
 
 
 @contextlib.contextmanager
-def lowering() -> Iterator[None]:
+def lowering(platform: str = "cuda") -> Iterator[None]:
     """Within, kernels can be traced and lowered: on machines without a GPU, and without JAX's notice of the end.
 
     A test notices the end itself (``tests/kernels/test_backend.py``).
+
+    Args:
+      platform: that is lowered for, ``"cuda"`` or ``"rocm"``.
+
+    Raises:
+      NotImplementedError: if the machine's GPU is one that XLA's compiler takes no kernel of this backend for.
     """
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    if platform == "cuda" and capability and float(capability) < _LEAST_CAPABILITY:
+        raise NotImplementedError(f"GPUs of compute capability {capability}, allowed are {_LEAST_CAPABILITY} and up")
     with warnings.catch_warnings(), _a_gpu():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         yield

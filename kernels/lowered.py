@@ -1,6 +1,6 @@
 """A kernel where it can be lowered, another form elsewhere: decided when a program is lowered, not when it is traced.
 
-Only then are the platform and the GPU known; and a kernel that is not wanted is never traced, nor Pallas imported.
+Only then are the platform and the GPU known; and a kernel that is not wanted is never traced, nor its backend imported.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from granq_jax.kernels import NoKernelError
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -30,7 +31,7 @@ def kernel_or(form: Callable[..., Any], kernel: Callable[..., Any], *operands: A
       required: whether ``form`` must not take the kernel's place.
 
     Raises:
-      ValueError: when a program is lowered, if the kernel is required and cannot be lowered.
+      NoKernelError: when a program is lowered, if the kernel is required and cannot be lowered.
     """
     leaves, structure = jax.tree.flatten(operands)
 
@@ -53,8 +54,7 @@ def _run(*leaves, **how):
 
 @_kernel_or.def_abstract_eval
 def _shapes(*leaves, form, kernel, required):
-    shapes = jax.eval_shape(form, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
-    return [jax.core.ShapedArray(shape.shape, shape.dtype) for shape in shapes]
+    return jax.make_jaxpr(form)(*leaves).out_avals
 
 
 def _batched(leaves, axes, *, form, kernel, required):
@@ -64,26 +64,28 @@ def _batched(leaves, axes, *, form, kernel, required):
 
 
 def _differentiated(primals, tangents, *, form, kernel, required):
-    return jax.jvp(form, primals, [ad.instantiate_zeros(tangent) for tangent in tangents])
+    return jax.jvp(form, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 def _lowered_form(context, *leaves, form, kernel, required):
     if required:
         platforms = context.platforms or context.module_context.platforms
-        raise ValueError(_refusal(f"there are kernels for {', '.join(PLATFORMS)}, not for {', '.join(platforms)}"))
+        raise NoKernelError(_refusal(f"there are kernels for {', '.join(PLATFORMS)}, not for {', '.join(platforms)}"))
     return mlir.lower_fun(form)(context, *leaves)
 
 
-def _lowered_kernel(context, *leaves, form, kernel, required):
+def _lowered_kernel(context, *leaves, form, kernel, required, platform):
     try:
         from granq_jax.kernels import backend
 
-        with backend.lowering():
-            return mlir.lower_fun(kernel)(context, *leaves)
+        # On one device's part: what it is a part of, of which avals know, is nothing to a kernel.
+        avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
+        with backend.lowering(platform):
+            return mlir.lower_fun(kernel)(context.replace(avals_in=avals), *leaves)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         if required:
-            raise ValueError(_refusal(why)) from error
+            raise NoKernelError(_refusal(why)) from error
     _note(why)
     return mlir.lower_fun(form)(context, *leaves)
 
@@ -101,4 +103,4 @@ batching.primitive_batchers[_kernel_or] = _batched
 ad.primitive_jvps[_kernel_or] = _differentiated
 mlir.register_lowering(_kernel_or, _lowered_form)
 for _platform in PLATFORMS:
-    mlir.register_lowering(_kernel_or, _lowered_kernel, platform=_platform)
+    mlir.register_lowering(_kernel_or, functools.partial(_lowered_kernel, platform=_platform), platform=_platform)

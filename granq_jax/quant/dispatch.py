@@ -1,7 +1,7 @@
 """Which implementation computes: the kernels or XLA's form.
 
-The kernels are imported where they are traced, since they import Pallas: that takes time, and a JAX without the
-backend that they are written for computes all else.
+What the kernels are made of is imported where one is wanted. It imports Pallas, which takes time, and a JAX that has the
+kernels' backend no longer computes all else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granq_jax.kernels.lowered import kernel_or
+from granq_jax.kernels import NoKernelError as NoKernelError
 from granq_jax.platforms import on_cpus_only
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
@@ -33,10 +33,13 @@ def dispatch(impl: str, by_xla: Callable[..., Any], by_kernel: Callable[..., Any
     Args:
       impl: ``"xla"``; ``"pallas"``, the kernel; ``"pallas_interpret"``, the kernel run by Pallas'
         interpreter; ``"auto"``, decided when the program is lowered: the kernel for CUDA and ROCm, else XLA. Where
-        the kernel cannot be lowered, ``"auto"`` takes XLA and logs why, once, and ``"pallas"`` is a ``ValueError``.
+        the kernel cannot be lowered, ``"auto"`` takes XLA and logs why, once, and ``"pallas"`` raises.
       by_xla: of the operands.
       by_kernel: of the operands and ``interpret``.
       *operands: pytrees of arrays.
+
+    Raises:
+      NoKernelError: a ``ValueError``, when a program is lowered for which the kernel is required and cannot be had.
     """
     if impl == "xla":
         return by_xla(*operands)
@@ -44,4 +47,6 @@ def dispatch(impl: str, by_xla: Callable[..., Any], by_kernel: Callable[..., Any
         return by_kernel(*operands, interpret=True)
     if impl == "auto" and on_cpus_only():
         return by_xla(*operands)
+    from granq_jax.kernels.lowered import kernel_or
+
     return kernel_or(by_xla, partial(by_kernel, interpret=False), *operands, required=impl == "pallas")
