@@ -11,12 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from granq_jax.kernels import NoKernelError
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 PLATFORMS = ("cuda", "rocm")
 _LOGGER = logging.getLogger(__name__)
+
+
+class NoKernelError(ValueError):
+    """A kernel was asked for, and cannot be lowered."""
 
 
 def kernel_or(form: Callable[..., Any], kernel: Callable[..., Any], *operands: Any, required: bool = False) -> Any:

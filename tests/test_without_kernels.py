@@ -4,7 +4,12 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+from granq_jax import create_model
+from granq_jax.checkpoint import save_variables
 
 # Neither under its public name nor under the one that Pallas itself imports it by.
 GONE = """
@@ -37,8 +42,7 @@ RUN = """
 from granq_jax.main import main
 arguments = ["--compilation-cache=off", f"--workdir={sys.argv[1]}"]
 steps = ["--config.epochs=1", "--config.steps_per_epoch=2", "--config.warmup_epochs=0"]
-teacher = ["--config.teacher_training.epochs=1", "--config.teacher_training.small_epochs=0"]
-assert main(["--config=digits_w3a3", *arguments, *steps, *teacher]) == 0
+assert main(["--config=digits_w3a3", *arguments, *steps, f"--config.teacher={sys.argv[2]}"]) == 0
 assert main(["--mode=export", *arguments]) == 0
 """
 
@@ -61,8 +65,12 @@ def test_as_a_library():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    return workdir, run(RUN, str(workdir))
+    folder = tmp_path_factory.mktemp("run")
+    images = np.ones((1, 8, 8, 1), np.float32)
+    save_variables(
+        folder / "teacher.safetensors", jax.jit(create_model("resnet8_digits").init)(jax.random.key(0), images)
+    )
+    return folder / "run", run(RUN, str(folder / "run"), str(folder / "teacher.safetensors"))
 
 
 def test_a_run_and_its_export(exported):

@@ -1,7 +1,7 @@
 """Which implementation computes: the kernels or XLA's form.
 
-What the kernels are made of is imported where one is wanted. It imports Pallas, which takes time, and a JAX that has the
-kernels' backend no longer computes all else.
+The kernels are imported where they are traced. They import Pallas, which takes time, and a JAX that has their backend
+no longer computes all else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granq_jax.kernels import NoKernelError as NoKernelError
+from granq_jax.kernels.lowered import NoKernelError as NoKernelError
+from granq_jax.kernels.lowered import kernel_or
 from granq_jax.platforms import on_cpus_only
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
@@ -47,6 +48,4 @@ def dispatch(impl: str, by_xla: Callable[..., Any], by_kernel: Callable[..., Any
         return by_kernel(*operands, interpret=True)
     if impl == "auto" and on_cpus_only():
         return by_xla(*operands)
-    from granq_jax.kernels.lowered import kernel_or
-
     return kernel_or(by_xla, partial(by_kernel, interpret=False), *operands, required=impl == "pallas")

@@ -8,8 +8,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from granq_jax.kernels import NoKernelError, backend, lowered
-from granq_jax.kernels.lowered import kernel_or
+from granq_jax.kernels import backend, lowered
+from granq_jax.kernels.lowered import NoKernelError, kernel_or
 
 X = jnp.arange(6.0).reshape(2, 3) / 7
 FORM, KERNEL = "cosine", "tanh"
