@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from granq_jax.processes import is_first
 from granq_jax.progress import Progress
@@ -64,11 +61,9 @@ class MetricsLog:
         if len(there) < size:
             _LOGGER.warning("%r has lost lines: it is shorter than it was at step %d", str(path), step)
         self._file.truncate(there[:size].rfind(b"\n") + 1)
-        # A file for each start; TensorBoard forgets what earlier ones hold from the first event's step on.
-        (workdir / EVENTS).mkdir(exist_ok=True)
-        # Written by this thread: tensorboardX's own would die of a full disk, and its queue then hold up the run.
-        self._events = EventsWriter(str(workdir / EVENTS / "events"), filename_suffix=f".after{step}")
-        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
+        from granq_jax.events import Events  # here: what it imports takes seconds where PyTorch is installed
+
+        self._events = Events(workdir / EVENTS, step)
 
     @property
     def seconds(self) -> float:
@@ -110,24 +105,12 @@ class MetricsLog:
     def images(self, step: int, grid: np.ndarray) -> None:
         """Shows TensorBoard generated images, (H, W, C) uint8."""
         if self._events is not None:
-            self._write_event(step, summary=summary.image("generated", grid, dataformats="HWC"))
+            self._events.image("generated", grid, step)
 
     def codes(self, step: int, name: str, counts: np.ndarray) -> None:
         """Shows TensorBoard how often each code was used: a histogram over the codes 0, 1, ..."""
-        if self._events is None:
-            return
-        levels = np.arange(len(counts))
-        histogram = summary.histogram_raw(
-            f"codes/{name}",
-            min=0,
-            max=len(counts) - 1,
-            num=int(counts.sum()),
-            sum=float(counts @ levels),
-            sum_squares=float(counts @ levels**2),
-            bucket_limits=(levels + 0.5).tolist(),
-            bucket_counts=counts.tolist(),
-        )
-        self._write_event(step, summary=histogram)
+        if self._events is not None:
+            self._events.histogram(f"codes/{name}", counts, step)
 
     def say(self, line: str) -> None:
         """Prints a line to stderr; stdout is left to results."""
@@ -148,11 +131,7 @@ class MetricsLog:
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         if self._events is not None and math.isfinite(value):
-            self._write_event(step, summary=summary.scalar(name, value))
-
-    def _write_event(self, step: int, **what: Any) -> None:
-        assert self._events is not None
-        self._events.write_event(Event(step=step, wall_time=time.time(), **what))
+            self._events.scalar(name, value, step)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:

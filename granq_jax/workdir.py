@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 from ml_collections import ConfigDict
 
 from granq_jax.config import TRAIN_A_TEACHER, flat, load_config
@@ -113,18 +113,19 @@ def _locked_here(workdir: Path) -> Iterator[None]:
     missing = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
     workdir.mkdir(parents=True, exist_ok=True)
     lock_is_new = not (workdir / _LOCK).exists()
-    with (workdir / _LOCK).open("a+") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            held.enter_context(filelock.FileLock(workdir / _LOCK, blocking=False))
+        except filelock.Timeout:
+            holder = ""
+            with contextlib.suppress(OSError):  # Windows lets nobody else read it
+                holder = (workdir / _LOCK).read_text().strip()
             raise ValueError(
-                f"workdir: {str(workdir)!r} is in use by {file.read().strip() or 'another process'}; "
+                f"workdir: {str(workdir)!r} is in use by {holder or 'another process'}; "
                 "wait until it ends, or give another one"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(PermissionError):  # nor write to it
+            (workdir / _LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         try:
             yield
         except (ValueError, TypeError, OSError, ImportError):

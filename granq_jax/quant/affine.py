@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.checks import check_choice
-from granq_jax.kernels import codes as codes_kernel
-from granq_jax.kernels.sweeps import MIN_RANGE
+from granq_jax.kernels import MIN_RANGE
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
 from granq_jax.quant.spec import check_bits, kept_axes
 
@@ -161,6 +160,8 @@ def quantize_codes(
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize_codes(x, bits, granularity, impl):
     def by_kernel(x, *, interpret):
+        from granq_jax.kernels import codes as codes_kernel  # here: see granq_jax.quant.dispatch
+
         if granularity == "out_channel":  # a weight is an activation of one sample
             arrays = (array[0] for array in codes_kernel.quantize(x[None], bits, interpret=interpret))
         else:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.checks import check_choice
-from granq_jax.kernels import out_channel, sample_channel
 from granq_jax.models.layers import ACTIVATIONS
 from granq_jax.quant.affine import (
     affine,
@@ -136,6 +135,8 @@ def _by_xla(x, norm, residual, *, how):
 
 
 def _by_kernel(x, norm, residual, *, how, interpret):
+    from granq_jax.kernels import out_channel, sample_channel  # here: see granq_jax.quant.dispatch
+
     if how.granularity == "out_channel":
         return out_channel.fake_quant(x, how.bits, interpret=interpret)
     if norm is not None:
