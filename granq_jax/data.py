@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from granq_jax.checks import check_choice
+from granq_jax.cifar import load_cifar, looked_for
 from granq_jax.splits import Dataset, EncodedSplit, MemorySplit, Split
 
 _IMAGENET = Dataset(1000, 224, 3, 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -27,6 +28,7 @@ DATASETS = {
     "digits": Dataset(10, 8, 1, 16, (0.30,), (0.38,)),
 }
 
+_CIFAR = ("cifar10", "cifar100")
 # ImageNet's test labels were never published: its validation images serve as test images.
 _TFDS_SPLITS = {"imagenet2012": {"train": "train", "test": "validation"}}
 _IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
@@ -40,8 +42,10 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
         is that of the labels, below ``data_dir/train`` and ``data_dir/val``; test images may also
         lie directly in ``data_dir/CLASS``.
       split: ``"train"`` or ``"test"``.
-      data_dir: where TFDS finds the data set, or prepares it; ``""`` is TFDS's own default. Of an
-        image folder: its path.
+      data_dir: where the data set is: of CIFAR, the directory that holds its published archive unpacked
+        (``cifar-10-batches-py``, ``cifar-10-batches-bin`` and their like) or ``cifar10.npz``, or such a
+        file, see :func:`granq_jax.cifar.load_cifar`; of an image folder, its path. Else it is where TFDS
+        finds the data set, or prepares it; ``""`` is TFDS's own default.
 
     Raises:
       ValueError: if the data set cannot be had. The message says what to do.
@@ -55,12 +59,13 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     check_choice("split", split, ("train", "test"))
     if name == "digits":
         return _load_digits(split)
-    if name == "image_folder":
-        try:
+    try:
+        if name == "image_folder":
             return _load_folder(split, data_dir)
-        except OSError as error:
-            raise ValueError(f"config.data_dir: {data_dir!r} cannot be read: {error}") from error
-    return _load_tfds(name, split, data_dir)
+        found = load_cifar(name, DATASETS[name], split, data_dir) if name in _CIFAR and data_dir else None
+    except OSError as error:
+        raise ValueError(f"config.data_dir: {data_dir!r} cannot be read: {error}") from error
+    return _load_tfds(name, split, data_dir) if found is None else found
 
 
 def _load_digits(split: str) -> MemorySplit:
@@ -115,21 +120,26 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _load_tfds(name: str, split: str, data_dir: str) -> Split:
-    import tensorflow_datasets as tfds
-
     place = data_dir or "TFDS's default directory"
+    archives = f"{' or '.join(looked_for(name))} of it, or " if name in _CIFAR else ""
     remedy = (
-        f"Give a directory that holds {name} prepared for TFDS as array_record with --config.data_dir=DIR, or where "
-        "there is a network let TFDS prepare it: pip install 'granq-jax[prepare]'"
+        f"Give a directory that holds {archives}{name} prepared for TFDS as array_record with --config.data_dir=DIR, "
+        "or where there is a network let TFDS prepare it: pip install 'granq-jax[prepare]'"
         + (", put ILSVRC2012_img_train.tar and _val.tar into DIR/downloads/manual" if name == "imagenet2012" else "")
         + " and run again"
         + (", or use --config.dataset=image_folder" if name == "imagenet2012" else "")
         + (", or train without evaluation: --config.eval=none" if split == "test" else "")
     )
     try:
+        prepares = importlib.util.find_spec("tensorflow") is not None
+        if data_dir and not prepares and not os.path.isdir(Path(data_dir) / name):
+            # TFDS, which may not even be installed, would find nothing there.
+            raise ValueError(f"it holds no {name}/ and nothing else that is looked for")
+        import tensorflow_datasets as tfds
+
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         if not builder.is_prepared():
-            if importlib.util.find_spec("tensorflow") is None:
+            if not prepares:
                 raise ValueError("it is not prepared there, and preparing it needs TensorFlow")
             builder.download_and_prepare()
         tfds_split = _TFDS_SPLITS.get(name, {}).get(split, split)

@@ -184,7 +184,7 @@ COMMAND = {
     ),
     "data in a file": (
         ["--config=cifar10_w3a3", RUN, "--config.data_dir=f"],
-        ("config.data_dir", "from f", "--config.eval=none"),
+        ("config.data_dir", "'f'", ".npz"),
         {"f": b""},
     ),
     "data that are damaged": (
