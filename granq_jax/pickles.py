@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class PickledArray:
         self.shape: tuple[int, ...] = (0,)
         self.dtype = ""
         self._content: Any = b""
-        self._order = "C"
+        self._order: Literal["C", "F"] = "C"
         self._numbers = np.dtype(np.uint8)
 
     def build(self, state: Any) -> None:
@@ -50,7 +50,8 @@ class PickledArray:
         if not isinstance(dtype, _Dtype) or not _is_shape(self.shape):
             raise ValueError("it describes an array that is none")
         self._numbers = dtype.read()
-        self.dtype, self._order, self._content = self._numbers.name, "F" if fortran else "C", as_bytes(content)
+        self.dtype, self._content = self._numbers.name, as_bytes(content)
+        self._order = "F" if fortran else "C"
 
     def read(self) -> np.ndarray:
         """The array. Raises a ``ValueError`` if there are more or fewer numbers than it has."""
@@ -71,7 +72,7 @@ class _Dtype:
     def read(self) -> np.dtype:
         if self._kind[:1] not in ("b", "i", "u", "f") or not self._kind[1:].isdecimal() or self._order not in "<>|=":
             raise ValueError(f"it holds an array of dtype {self._kind[:20]!r}, allowed are numbers")
-        return np.dtype(self._kind).newbyteorder(self._order)  # type: ignore[arg-type]
+        return np.dtype(self._kind).newbyteorder(self._order)
 
 
 def _array_of_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
