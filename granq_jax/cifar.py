@@ -13,7 +13,7 @@ import numpy as np
 
 from granq_jax.pickles import NUMPY, PickledArray, as_bytes, as_text, unpickle
 from granq_jax.splits import Dataset, MemorySplit
-from granq_jax.tensor_files import READERS
+from granq_jax.tensor_files import open_tensors
 
 _PIXELS = 3 * 32 * 32
 
@@ -129,8 +129,10 @@ def looked_for(name: str) -> list[str]:
 
 def _of_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with READERS[".npz"](path) as tensors:
+        with open_tensors(path) as tensors:
             wanted = f"x_{split}", f"y_{split}"
+            if type(tensors) is not dict:
+                raise ValueError("it is a pickle")
             if missing := [key for key in wanted if key not in tensors]:
                 held = ", ".join(sorted(tensors)[:10]) or "nothing"
                 raise ValueError(f"it holds no {' and no '.join(missing)}, only {held}")

@@ -146,8 +146,8 @@ def _in_order(root: Path, folders: list[Path]) -> dict[str, int]:
         if sorted(map(int, names)) != list(range(len(names))):
             raise ValueError(
                 f"config.data_dir: the class folders of {str(root)!r} are named by numbers, which are labels if they "
-                f"go from 0 to {len(names) - 1}, but go from {min(map(int, names))} to {max(map(int, names))}: the order "
-                "of the classes is not known; name them by their labels"
+                f"go from 0 to {len(names) - 1}, but go from {min(map(int, names))} to {max(map(int, names))}: "
+                "the order of the classes is not known; name them by their labels"
             )
         return {name: int(name) for name in sorted(names, key=int)}
     by_number = sorted(names, key=_parts)

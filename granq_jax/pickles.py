@@ -1,12 +1,13 @@
 """Pickles from anyone, read without running anything in them.
 
 A pickle is a program, of which this understands what builds plain values. What it wants called is
-looked up in a table that the reader of a kind of file gives; whatever else it names is
+looked up in a table that the reader of files of a kind gives; whatever else it names is
 :class:`Unread`: it stays there as a name, and nothing is imported, called or made of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickletools
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 _MAX_ARGUMENTS = 8
+_MAX_OPCODES = 1 << 19  # each may make an object; a batch of CIFAR-100 takes 200,000
 _MAX_NUMBER = 1 << 18  # of a key: it is that of a parameter or an epoch
 
 
@@ -23,10 +25,12 @@ class Unread:
 
     Attributes:
       name: ``module name``, as in ``"argparse Namespace"``.
+      state: what the pickle says of the object's attributes, if it does.
     """
 
     def __init__(self, name: str):
         self.name = name
+        self.state: Any = None
 
 
 class PickledArray:
@@ -106,6 +110,25 @@ NUMPY: dict[str, Callable[..., Any]] = {
 }
 
 
+# Opcodes that put a value on the stack.
+_VALUES = frozenset(
+    {
+        *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+        *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    }
+)
+_MADE: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": lambda: Unread("a set"),
+}
+
+
 def unpickle(
     stream: BinaryIO, functions: Mapping[str, Any], persistent: Callable[[tuple[Any, ...]], Any] | None = None
 ) -> Any:
@@ -167,43 +190,37 @@ def unpickle(
             raise ValueError("it calls a function in another way than files of its kind do")
         return function(*arguments)
 
-    for opcode, argument, _ in pickletools.genops(stream):
+    for opcode, argument, _ in itertools.islice(pickletools.genops(stream), _MAX_OPCODES):
+        if opcode.name in _VALUES:
+            stack.append(argument)
+            continue
+        if opcode.name in _MADE:
+            stack.append(_MADE[opcode.name]())
+            continue
         match opcode.name:
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(popped(int(opcode.name[-1]))))
             case "STOP":
                 return stack.pop()
             case "PROTO" | "FRAME":
                 pass
-            case "MARK":
-                marks.append(len(stack))
             case "POP":
                 stack.pop()
             case "POP_MARK":
                 to_mark()
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
-                stack.append(argument)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINSTRING" | "SHORT_BINSTRING":
-                stack.append(argument)
-            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
-                stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_SET":
-                stack.append(Unread("a set"))
             case "FROZENSET":
                 to_mark()
                 stack.append(Unread("a set"))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(popped(int(opcode.name[-1]))))
-            case "TUPLE":
-                stack.append(tuple(to_mark()))
             case "APPEND":
                 append([stack.pop()])
             case "APPENDS" | "ADDITEMS":
@@ -212,12 +229,6 @@ def unpickle(
                 set_items(popped(2))
             case "SETITEMS":
                 set_items(to_mark())
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
             case "GLOBAL":
                 stack.append(named(argument))
             case "STACK_GLOBAL":
@@ -236,10 +247,12 @@ def unpickle(
                 made, _arguments, _keywords = popped(3)
                 stack.append(Unread(made.name if isinstance(made, Unread) else "an object"))
             case "BUILD":
-                # The state of anything else is attributes that no number depends on.
+                # The state of plain values is attributes that no number depends on.
                 state = stack.pop()
                 if isinstance(stack[-1], PickledArray | _Dtype):
                     stack[-1].build(state)
+                elif isinstance(stack[-1], Unread):
+                    stack[-1].state = state
             case _:
                 raise ValueError(f"it has the pickle opcode {opcode.name}, which files of its kind do not have")
-    raise ValueError("it has a pickle without an end")
+    raise ValueError(f"it has a pickle without an end, or of more than {_MAX_OPCODES} steps")
