@@ -21,6 +21,7 @@ from granq_jax.checks import check_choice
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
 from granq_jax.devices import AXIS, cores, place, sample_index
+from granq_jax.models.registry import variants
 from granq_jax.platforms import traced_for
 from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
@@ -129,11 +130,11 @@ def newest_state(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
     """
     size, channels = trainer.generator.image_size, trainer.generator.channels
     images = jnp.zeros((1, size, size, channels), trainer.dtype)
-    like = trainer.state_shapes(jax.eval_shape(trainer.model.init, jax.random.key(0), images))
+    shapes = (jax.eval_shape(build.init, jax.random.key(0), images) for build in variants(trainer.model))
     if not os.path.isdir(workdir / "checkpoints"):
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        saved = checkpoints.newest(like)
+        saved = checkpoints.newest(*map(trainer.state_shapes, shapes))
     if saved is None:
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
     return saved.step, saved.state

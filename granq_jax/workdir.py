@@ -80,15 +80,25 @@ def _check_own(workdir: Path) -> None:
     """Raises a ``ValueError`` if what is named as a run's files seems not to be written by one."""
     others = [name for name in _OWN_FILES if name != _EVALUATION]  # which may be a teacher's
     there = [name for name in others if os.path.isfile(workdir / name) or any((workdir / name).glob("*"))]
-    if not there or any((workdir / name).exists() for name in (_LOCK, STARTS)):
-        return
-    try:
-        load_config(workdir / _CONFIG)
-    except ValueError:
+    if there and not _is_of_run(workdir):
         raise ValueError(
             f"workdir: {str(workdir)!r} holds {', '.join(there)}, but nothing says that a run wrote it; "
             "give another one, or move it away"
-        ) from None
+        )
+
+
+def _is_of_run(workdir: Path) -> bool:
+    """Whether ``config.json`` or, should that be damaged, ``starts.jsonl`` in ``workdir`` is as a run writes it.
+
+    A lock says nothing: other programs name theirs so, too.
+    """
+    with contextlib.suppress(ValueError):
+        load_config(workdir / _CONFIG)
+        return True
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        first = json.loads((workdir / STARTS).read_text().splitlines()[0])
+        return "granq-jax" in first["versions"]
+    return False
 
 
 @contextlib.contextmanager
