@@ -9,6 +9,7 @@ that does nothing, and the program is evaluated again with what is marked among 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -32,6 +33,28 @@ class Record(flax.struct.PyTreeNode):
     kind: str = flax.struct.field(pytree_node=False)
     path: str = flax.struct.field(pytree_node=False)
     copies: int = flax.struct.field(default=0, pytree_node=False)  # leading axes that vmaps have put there
+
+
+def is_array(x: Any) -> bool:
+    """Whether ``x`` has a shape and a dtype."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def over_arrays(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """``function`` of the arrays in ``args`` alone, and these; all else is seen as it is.
+
+    Examples:
+      >>> of_arrays, arrays = over_arrays(lambda x, train: x + 1 if train else x, jax.numpy.ones(2), True)
+      >>> jax.eval_shape(of_arrays, *arrays)
+      ShapeDtypeStruct(shape=(2,), dtype=float32)
+    """
+    leaves, tree = jax.tree.flatten(args)
+
+    def of_arrays(*arrays):
+        given = iter(arrays)
+        return function(*jax.tree.unflatten(tree, [next(given) if is_array(leaf) else leaf for leaf in leaves]))
+
+    return of_arrays, [leaf for leaf in leaves if is_array(leaf)]
 
 
 def collected(function: Callable[..., Any], *args: Any, is_lifted: bool) -> tuple[Any, list[Record]]:
@@ -63,19 +86,11 @@ def collected(function: Callable[..., Any], *args: Any, is_lifted: bool) -> tupl
 
         return function(leave, *args), records
 
-    leaves, tree = jax.tree.flatten(args)
-    is_dynamic = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    dynamic = [leaf for leaf, is_array in zip(leaves, is_dynamic, strict=True) if is_array]
-
-    def of_arrays(*dynamic):
-        arrays = iter(dynamic)
-        all_of_them = [next(arrays) if is_array else x for is_array, x in zip(is_dynamic, leaves, strict=True)]
-        return function(_mark, *jax.tree.unflatten(tree, all_of_them))
-
-    closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*dynamic)
+    of_arrays, arrays = over_arrays(partial(function, _mark), *args)
+    closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
     # A trace may mark an array and then not be used, as the first one of nn.scan's is.
-    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    outputs, records = _evaluated(jaxpr, closed.consts, dynamic)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    outputs, records = _evaluated(jaxpr, closed.consts, arrays)
     return jax.tree.unflatten(jax.tree.structure(shape), outputs), [one for record in records for one in _each(record)]
 
 

@@ -14,6 +14,7 @@ import flax.struct
 import flax.traverse_util
 import jax
 
+from granq_jax.quant.collecting import is_array, over_arrays
 from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, layer_call
 
 Interceptor = Callable[..., Any]
@@ -70,11 +71,6 @@ class _Array(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def _surveyed(call: _Call) -> Survey:
     return _survey(call)
-
-
-def is_array(x: Any) -> bool:
-    """Whether ``x`` has a shape and a dtype."""
-    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def applied(
@@ -184,8 +180,6 @@ class _Tracked(flax.struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
 
 def _survey(call: _Call) -> Survey:
-    is_dynamic = [isinstance(leaf, _Array) for leaf in call.leaves]
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.leaves if isinstance(x, _Array)]
     layouts: dict[str, Layout] = {}
     unknown: dict[str, str] = {}
     calls: dict[tuple[str, type[nn.Module]], None] = {}
@@ -213,25 +207,22 @@ def _survey(call: _Call) -> Survey:
         elif layouts.setdefault(path, found) != found:
             unknown[path] = "it is read in two ways"
 
-    def run(variables, args, kwargs):
-        return applied(call.model, of_calls(interceptor), own_token(), variables, args, kwargs)
+    def trace(box):
+        def run(variables, args, kwargs):
+            return applied(call.model, of_calls(interceptor), own_token(), box(variables), args, kwargs)
 
-    def traced(box):
-        def of_arrays(arrays):
-            dynamic = iter(arrays)
-            leaves = [next(dynamic) if is_array else x for is_array, x in zip(is_dynamic, call.leaves, strict=True)]
-            variables, args, kwargs = jax.tree.unflatten(call.tree, leaves)
-            return run(box(variables), args, kwargs)
+        of_arrays, arrays = over_arrays(run, *arguments)
+        jax.eval_shape(of_arrays, *arrays)
 
-        jax.eval_shape(of_arrays, arrays)
-
-    traced(lambda variables: variables)
-    shapes = _shapes(call)
+    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, _Array) else x for x in call.leaves]
+    arguments = jax.tree.unflatten(call.tree, leaves)
+    trace(lambda variables: variables)
+    shapes = _shapes(arguments[0])
     cut = [path for path, shape in shapes_met.items() if shape != shapes.get(path)]
     if cut:
         for path in cut:
             layouts.pop(path, None)
-        traced(functools.partial(_boxed, paths=cut))
+        trace(functools.partial(_boxed, paths=cut))
         for path in cut:
             if path in layouts and layouts[path].ndim != len(shapes[path]):
                 unknown[path] = f"it is made of an array of shape {shapes[path]} in a way that cannot be followed"
@@ -243,8 +234,7 @@ def _survey(call: _Call) -> Survey:
     )
 
 
-def _shapes(call: _Call) -> dict[str, tuple[int, ...]]:
-    variables, _, _ = jax.tree.unflatten(call.tree, call.leaves)
+def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     flat = flax.traverse_util.flatten_dict(variables.get("params", {}))
     return {"/".join(path[:-1]): leaf.shape for path, leaf in flat.items() if path[-1] == WEIGHT}
 

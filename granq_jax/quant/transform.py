@@ -25,7 +25,7 @@ from granq_jax.checks import check_choice
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
 from granq_jax.quant import integer
 from granq_jax.quant.affine import QuantizedArray, quantize_codes
-from granq_jax.quant.collecting import Leave, Record, collected
+from granq_jax.quant.collecting import Leave, Record, collected, is_array, over_arrays
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
 from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, layer_call, weight_grouping
@@ -38,7 +38,6 @@ from granq_jax.quant.survey import (
     applied,
     einsum_of,
     first_input,
-    is_array,
     of_calls,
     own_token,
     surveyed,
@@ -204,10 +203,14 @@ class QuantizedModel:
 
         Each is there once, with its bits and granularity; what stays in full precision, as such. Weights that
         the spec would have quantized, but that belong to no layer that is known, are named in a warning.
-        Takes what ``apply`` takes.
+        Takes what ``apply`` takes; of arrays, shapes and dtypes are enough.
         """
-        observations = jax.eval_shape(lambda v: self.observe(v, v, *args, **kwargs), variables)
-        sites = tuple(observation.site for observation in observations)
+
+        def observed(variables, args, kwargs):
+            return self.observe(variables, variables, *args, **kwargs)
+
+        of_arrays, arrays = over_arrays(observed, variables, args, kwargs)
+        sites = tuple(observation.site for observation in jax.eval_shape(of_arrays, *arrays))
         left = [site.path for site in sites if site.kind == "weight" and not site.bits and self._is_left(site.path)]
         if left:
             _LOGGER.warning("%s; not those of %s", shares_in_words(sites), ", ".join(left))
@@ -532,8 +535,7 @@ def quantize(
       >>> [(site.path, site.kind, site.bits) for site in student.sites(variables, x)][:2]
       [('layers_0', 'weight', 4), ('layers_2', 'weight', 4)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, allowed is an instance of flax.linen.Module")
+    check_linen("model", model)
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
     check_choice("impl", impl, IMPLEMENTATIONS)
@@ -553,6 +555,19 @@ def quantize(
                 )
         impl = "xla"
     return QuantizedModel(model, spec, impl, axis_name, arithmetic)
+
+
+def check_linen(field: str, model: Any) -> None:
+    """Raises a ``TypeError``, naming ``field``, if ``model`` is not a linen module; what to do if it is one of nnx."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, flax.nnx.Module):
+        raise TypeError(
+            f"{field}: got {type(model).__name__}, a module of flax.nnx, which cannot be quantized yet; allowed is an "
+            "instance of flax.linen.Module: write the network in linen and give it the same values as variables"
+        )
+    got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"{field}: got {got}, allowed is an instance of flax.linen.Module")
 
 
 class _Epilogue(NamedTuple):
