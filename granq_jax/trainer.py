@@ -18,25 +18,60 @@ import optax
 from granq_jax import schedules
 from granq_jax.checks import betas, check_choice, check_fields, decay, increasing_epochs, real, whole
 from granq_jax.compilation_cache import COMPILED_FAST
+from granq_jax.losses import wide
 from granq_jax.models.generator import Generator
 from granq_jax.platforms import traced_for
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
+from granq_jax.quant.transform import check_linen
 
 Variables = Mapping[str, Any]
-AVERAGE = "average"  # the collection of the student's averaged parameters, where they are kept
+AVERAGE = "granq_average"  # the collection of the student's averaged parameters, where they are kept
 ON_NONFINITE = ("stop", "skip")
 OBJECTIVES = ("adadfq", "gdfq")
 
 
+# Arguments by which models are told what they are called for, and what they are given to evaluate.
+_EVALUATION = {
+    **dict.fromkeys(("train", "training", "is_training", "is_train"), False),
+    **dict.fromkeys(("deterministic", "use_running_average", "inference", "eval", "is_eval"), True),
+}
+
+
 def evaluation_mode(model: nn.Module) -> dict[str, Any]:
-    """``{"train": False}`` for models whose call takes ``train``, nothing for others.
+    """The arguments with which a model is called to evaluate: ``{"train": False}``, or what its call names it.
+
+    Known are ``train``, ``training``, ``is_training``, ``is_train``, and the other way round ``deterministic``,
+    ``use_running_average``, ``inference``, ``eval`` and ``is_eval``. Of a call that takes any (``**kwargs``), those
+    whose names stand in it.
+
+    Raises:
+      ValueError: if the call needs another argument beside the images.
 
     Examples:
-      >>> evaluation_mode(nn.Dense(3))
-      {}
+      >>> evaluation_mode(nn.Dense(3)), evaluation_mode(nn.Dropout(0.5))
+      ({}, {'deterministic': True})
     """
-    return {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
+    call = inspect.unwrap(type(model).__call__)
+    _, *others = inspect.signature(call).parameters.values()  # all but self
+    named = {p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if any(p.kind is p.VAR_KEYWORD for p in others):
+        named |= set(call.__code__.co_consts)
+    needed = [p.name for p in others[1:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if unknown := [name for name in needed if name not in _EVALUATION]:
+        raise ValueError(
+            f"Trainer.model: the call of {type(model).__name__} needs {', '.join(unknown)} beside the images, allowed "
+            f"are {', '.join(_EVALUATION)}; wrap it in a module whose call gives the rest"
+        )
+    return {name: value for name, value in _EVALUATION.items() if name in named}
+
+
+def random_key(seed: int) -> jax.Array:
+    """A key of the generator that is the same everywhere, whatever JAX's default is set to.
+
+    Others, ``"rbg"`` among them, give a sample other noise when it is drawn in another batch.
+    """
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,8 +222,8 @@ class Trainer:
     on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
+        check_linen("Trainer.model", self.model)
         kinds = {
-            "model": nn.Module,
             "generator": Generator,
             "spec": QuantSpec,
             "losses": LossSettings,
@@ -197,6 +232,16 @@ class Trainer:
         for field, kind in kinds.items():
             if not isinstance(value := getattr(self, field), kind):
                 raise TypeError(f"Trainer.{field}: got {type(value).__name__}, allowed is {kind.__name__}")
+        if self.generator.classes < 2:
+            raise ValueError(
+                f"Generator.classes: got {self.generator.classes}, allowed are whole numbers from 2: softmax over a "
+                "single class is always 1, so that nothing can be learned from it; of a single logit z, make two, (0, z)"
+            )
+        if self.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"Trainer.dtype: got {jnp.dtype(self.dtype).name}, allowed are float32 and float64: the generator, whose "
+                "parameters have it too, cannot learn in less; the model may compute in any"
+            )
         check_choice("Trainer.impl", self.impl, IMPLEMENTATIONS)
         check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         if self.spec.act_ranges == "moving_average" and not self.optimizers.warmup_epochs:
@@ -236,12 +281,15 @@ class Trainer:
         )
 
     def init(self, teacher: Variables) -> TrainState:
-        """The state before the first step: a random generator, and the teacher as student."""
-        return self._jitted_first_state(dict(teacher))
+        """The state before the first step: a random generator, and the teacher as student.
+
+        The student's parameters are float32 at least: what a step adds is less than bfloat16 resolves.
+        """
+        return self._jitted_first_state(nn.meta.unbox(dict(teacher)))
 
     def state_shapes(self, teacher: Variables) -> TrainState:
         """What :meth:`init` gives as ``jax.ShapeDtypeStruct``s; ``teacher`` may consist of such too."""
-        shapes: TrainState = self._jitted_first_state.eval_shape(dict(teacher))
+        shapes: TrainState = self._jitted_first_state.eval_shape(nn.meta.unbox(dict(teacher)))
         return shapes
 
     @functools.cached_property
@@ -250,11 +298,12 @@ class Trainer:
 
     def _first_state(self, teacher: dict[str, Any]) -> TrainState:
         # A stream of its own, so that the weights do not repeat the noise of the steps.
-        key = jax.random.fold_in(jax.random.key(self.seed), 2**31 - 1)
+        key = jax.random.fold_in(random_key(self.seed), 2**31 - 1)
         z, labels = jnp.zeros((2, self.latent), self.dtype), jnp.zeros((2,), jnp.int32)
         with traced_for(()):  # its images are not used, so that any platform's form will do
             generator = self.generator.init(key, z, labels)
         student = jax.tree.map(jnp.copy, flax.core.unfreeze(teacher))  # which steps may overwrite
+        student["params"] = jax.tree.map(wide, student["params"])
         if self.spec.act_ranges == "moving_average":
             student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
         if self.optimizers.student_ema_decay:
@@ -269,7 +318,7 @@ class Trainer:
 
     def _first_ranges(self, generator: Variables, student: Variables, key: jax.Array) -> Variables:
         """Where the moving averages begin: ranges on images of the generator as it is, by their collection's name."""
-        quantized = quantize(self.model, self.spec)
+        quantized = quantize(self.model, self.spec, impl=self.impl)
         z = jax.random.normal(key, (self.batch_size, self.latent), self.dtype)
         labels = jnp.arange(self.batch_size) % self.generator.classes
         images, _ = self.generator.apply(generator, z, labels, mutable=["batch_stats"])
