@@ -42,7 +42,7 @@ class Checkpoints:
     processes, the first reads and writes; the others are given what it reads, and must call as it does.
 
     Attributes:
-      best_step: a step whose checkpoint is kept beside the newest ones; set by the caller.
+      kept_steps: steps whose checkpoints are kept beside the newest ones; set by the caller.
     """
 
     def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
@@ -53,7 +53,7 @@ class Checkpoints:
           keep: how many of the newest are kept.
           read_only: whether files are left as they are, by a process that does not own the run.
         """
-        self.best_step: int | None = None
+        self.kept_steps: frozenset[int] = frozenset()
         self._keep = keep
         self._read_only = read_only
         self._directory = (workdir / "checkpoints").absolute()
@@ -134,6 +134,26 @@ class Checkpoints:
         state = flax.serialization.from_state_dict(likes[found["like"]], found["state"])
         return Saved(found["step"], state, found["notes"])
 
+    def of_step(self, step: int, like: Any, *others: Any) -> Saved:
+        """The checkpoint of ``step``; see :meth:`newest`.
+
+        Raises:
+          RunError: if there is none that is whole.
+        """
+        likes = (like, *others)
+
+        def read():
+            try:
+                return self._read_with_patience(step, [flax.serialization.to_state_dict(like) for like in likes])
+            except Exception as error:  # damage can show in any way
+                raise RunError(
+                    f"workdir: the checkpoint of step {step} in {str(self._directory)!r} cannot be read: "
+                    f"{_one_line(error)}"
+                ) from error
+
+        found = from_first(read)
+        return Saved(step, flax.serialization.from_state_dict(likes[found["like"]], found["state"]), found["notes"])
+
     def _newest(self, likes: Sequence[Any]) -> dict[str, Any] | None:
         damaged: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -179,7 +199,7 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Orbax asks which of ``checkpoints``, the oldest first, are to be kept."""
         newest = len(checkpoints) - self._keep
-        return [i >= newest or checkpoint.step == self.best_step for i, checkpoint in enumerate(checkpoints)]
+        return [i >= newest or checkpoint.step in self.kept_steps for i, checkpoint in enumerate(checkpoints)]
 
     def _read_with_patience(self, step: int, likes: Sequence[Any]) -> dict[str, Any]:
         """What is found of ``step`` with the first of ``likes`` that fits, in one of two attempts."""

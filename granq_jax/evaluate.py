@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from granq_jax import guard
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.checks import check_choice
@@ -63,7 +64,7 @@ def student_accuracy(trainer: Trainer, split: Split, batch_size: int, devices: S
 
 
 def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> dict[str, Any]:
-    """Evaluates a config's teacher, the newest student of a run, or both: ``--mode evaluate``.
+    """Evaluates a config's teacher, the student of a run, or both: ``--mode evaluate``.
 
     Writes ``workdir/evaluation.json``.
 
@@ -107,7 +108,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
         evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":
-        step, state = newest_state(trainer, workdir)
+        step, state = state_of_run(trainer, workdir)
         student = state.result
         evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
         evaluation |= {
@@ -122,8 +123,8 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
     return evaluation
 
 
-def newest_state(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
-    """The step of a run's newest checkpoint that is whole, and the state in it.
+def state_of_run(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
+    """The step and the state of the student that a run gives, or would give now: see :mod:`granq_jax.guard`.
 
     Raises:
       ValueError: if ``workdir`` holds none.
@@ -133,10 +134,16 @@ def newest_state(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
     shapes = (jax.eval_shape(build.init, jax.random.key(0), images) for build in variants(trainer.model))
     if not os.path.isdir(workdir / "checkpoints"):
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+    likes = [trainer.state_shapes(variables) for variables in shapes]
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        saved = checkpoints.newest(*map(trainer.state_shapes, shapes))
-    if saved is None:
-        raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+        saved = checkpoints.newest(*likes)
+        if saved is None:
+            raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+        chosen = guard.chosen(
+            {int(step): guard.Score(*values) for step, values in saved.notes.get("scores", {}).items()}
+        )
+        if chosen is not None and chosen != saved.step:
+            saved = checkpoints.of_step(chosen, *likes)
     return saved.step, saved.state
 
 

@@ -126,6 +126,11 @@ def zero_shot_quantize(
     o = trainer.optimizers
     if type(epochs) is not int or epochs <= o.warmup_epochs:
         raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
+    if o.cosine_epochs not in (0, epochs):
+        raise ValueError(
+            f"epochs: got {epochs}, allowed is OptimizerSettings.cosine_epochs, {o.cosine_epochs}, "
+            "at whose end the student's rate is zero"
+        )
     _check_fit(trainer, nn.meta.unbox(teacher))
     run = JointRun(trainer, teacher, devices or jax.devices())
     total = epochs * o.steps_per_epoch

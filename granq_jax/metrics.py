@@ -95,6 +95,12 @@ class MetricsLog:
         self.accuracy(step, student_top1=student_top1)
         self.say(f"after epoch {epoch}: student top-1 {student_top1:.2f} %")
 
+    def guard(self, step: int, epoch: int, error: float, agreement: float) -> None:
+        """Logs what the guard sees: the relative error, and the agreement in percent, on held-out images."""
+        self._write({"step": step, "epoch": epoch, "guard_error": error, "guard_agreement": agreement})
+        self._scalar("guard/error", error, step)
+        self._scalar("guard/agreement", agreement, step)
+
     def accuracy(self, step: int, **top1: float) -> None:
         """Tells TensorBoard of accuracies in percent; that of the student is shown from now on."""
         for name, value in top1.items():

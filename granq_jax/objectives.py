@@ -40,9 +40,16 @@ def generator_loss(
         hinge = jnp.zeros((), losses.wide(teacher).dtype)
         onehot = losses.label_cross_entropy(teacher, labels)
     else:
-        hinge = losses.balance_hinge(teacher, student, settings.lambda_lower, settings.lambda_upper, axis_name)
-        onehot = settings.alpha_ds * losses.discrepancy(teacher, student, labels)
-        onehot = onehot + settings.alpha_as * losses.agreement(teacher, student, labels)
+        # A term without a weight is left out: times 0 it would still be computed.
+        hinge = onehot = jnp.zeros((), losses.wide(teacher).dtype)
+        if settings.hinge:
+            hinge = losses.balance_hinge(teacher, student, settings.lambda_lower, settings.lambda_upper, axis_name)
+        if settings.alpha_ds:
+            onehot = onehot + settings.alpha_ds * losses.discrepancy(teacher, student, labels)
+        if settings.alpha_as:
+            onehot = onehot + settings.alpha_as * losses.agreement(teacher, student, labels)
+        if settings.alpha_label:
+            onehot = onehot + settings.alpha_label * losses.label_cross_entropy(teacher, labels)
     flat_moments, flat_running = (flax.traverse_util.flatten_dict(tree) for tree in (moments, running))
 
     def of_calls(statistics, count):

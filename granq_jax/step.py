@@ -1,6 +1,7 @@
 """The joint step: one update of generator and student, pure, and its mapped form.
 
-Data flow of a step (in order, each computed once)::
+Data flow of a step (in order, each computed once; the way from L_G back through the student only where L_G depends
+on it)::
 
     z, labels --generator--> images --teacher--> t, moments of its batch norms' inputs
                                     --student--> s
@@ -198,7 +199,12 @@ def update(
 
     images, pull_generator, generator_stats = jax.vjp(make_images, state.generator["params"], has_aux=True)
     (t, moments), pull_teacher, (teacher_maps, running) = jax.vjp(run_teacher, images, has_aux=True)
-    (s, maps), pull_student, ranges = jax.vjp(run_student, state.student["params"], images, has_aux=True)
+    # The way back through the student to the images is the generator's; where it does not look, that is not computed.
+    watched = trainer.losses.watches_student
+    to_learn = (state.student["params"], images) if watched else (state.student["params"],)
+    (s, maps), pull_student, ranges = jax.vjp(
+        lambda params, images=images: run_student(params, images), *to_learn, has_aux=True
+    )
     if t.shape != (len(labels), generator.classes):
         raise ValueError(
             f"Generator.classes: got {generator.classes}, but {type(trainer.model).__name__} turns a batch of "
@@ -211,7 +217,8 @@ def update(
         lambda t, moments, s: loss_g(t, moments, s, axis_name=axis_name), argnums=(0, 1, 2), has_aux=True
     )(t, moments, s)
     (to_images,) = pull_teacher((to_t, to_moments))
-    to_images = to_images + pull_student((to_s, jax.tree.map(jnp.zeros_like, maps)))[1]
+    if watched:
+        to_images = to_images + pull_student((to_s, jax.tree.map(jnp.zeros_like, maps)))[1]
     (generator_grads,) = pull_generator(to_images)
 
     value_s, to_student = jax.value_and_grad(

@@ -29,6 +29,7 @@ Variables = Mapping[str, Any]
 AVERAGE = "granq_average"  # the collection of the student's averaged parameters, where they are kept
 ON_NONFINITE = ("stop", "skip")
 OBJECTIVES = ("adadfq", "gdfq")
+STUDENT_OPTIMIZERS = ("sgd", "adam")
 
 
 # Arguments by which models are told what they are called for, and what they are given to evaluate.
@@ -79,18 +80,22 @@ class OptimizerSettings:
     """Learning rates and their decays.
 
     Attributes:
-      student_lr: of SGD with Nesterov momentum.
-      student_momentum: its momentum.
+      student_optimizer: ``"sgd"``, with Nesterov momentum, or ``"adam"``.
+      student_lr: learning rate of the student.
+      student_momentum: momentum of SGD, decay rate of Adam's first moments (that of the second ones is 0.999).
       student_weight_decay: L2 term on every parameter, batch norms and biases included.
       student_ema_decay: of the moving average of the student's parameters over its steps, which is then
         what a run gives; 0 gives the parameters themselves.
       generator_lr: of Adam.
       generator_betas: its decay rates.
       decay_epochs: both rates fall to a tenth at each.
+      cosine_epochs: the student's rate also falls along half a cosine, from the end of the warm-up to zero after so many
+        epochs of the run; 0 leaves the cosine out. The generator's rate does not fall with it.
       steps_per_epoch: length of an epoch.
       warmup_epochs: epochs at the start in which only the generator moves.
     """
 
+    student_optimizer: str = "sgd"
     student_lr: float = 1e-4
     student_momentum: float = 0.9
     student_weight_decay: float = 1e-4
@@ -98,10 +103,12 @@ class OptimizerSettings:
     generator_lr: float = 1e-3
     generator_betas: tuple[float, float] = (0.5, 0.999)
     decay_epochs: tuple[int, ...] = (100, 200, 300)
+    cosine_epochs: int = 0
     steps_per_epoch: int = 200
     warmup_epochs: int = 4
 
     def __post_init__(self) -> None:
+        check_choice("OptimizerSettings.student_optimizer", self.student_optimizer, STUDENT_OPTIMIZERS)
         check_fields(
             self,
             {
@@ -112,25 +119,35 @@ class OptimizerSettings:
                 "generator_lr": real(0),
                 "generator_betas": betas(),
                 "decay_epochs": increasing_epochs(),
+                "cosine_epochs": whole(0),
                 "steps_per_epoch": whole(1),
                 "warmup_epochs": whole(0),
             },
         )
+        if 0 < self.cosine_epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"OptimizerSettings.cosine_epochs: got {self.cosine_epochs}, allowed are 0 and whole numbers above "
+                f"warmup_epochs, {self.warmup_epochs}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """The losses, and the weights of their terms.
 
-    - ``"adadfq"``: L_G = hinge + beta (alpha_ds ds + alpha_as as) + gamma BNS, L_S = distillation + attention;
+    - ``"adadfq"``: L_G = hinge hinge' + beta (alpha_ds ds + alpha_as as + alpha_label CE(t, y)) + gamma BNS,
+      L_S = distillation + attention, with hinge' the balance hinge;
     - ``"gdfq"``: L_G = beta CE(t, y) + gamma BNS, L_S = label distillation + attention.
 
     Attributes:
       objective: ``"adadfq"``, which GranQ trains with too, or ``"gdfq"``; see :mod:`granq_jax.losses`.
-      alpha_ds: of the discrepancy.
-      alpha_as: of the agreement.
-      beta: of both together.
-      gamma: of the batch-norm statistics.
+      hinge: weight of the balance hinge.
+      alpha_ds: weight of the discrepancy, which makes the generator an adversary of the student.
+      alpha_as: weight of the agreement.
+      alpha_label: weight of the cross-entropy of the teacher's logits and the label. Where ``hinge``, ``alpha_ds`` and
+        ``alpha_as`` are 0, the generator does not look at the student, and a step is cheaper.
+      beta: weight of these cross-entropies together.
+      gamma: weight of the batch-norm statistics.
       lambda_lower: lower bound of the balance hinge.
       lambda_upper: upper bound of the balance hinge.
       temperature: of the distillation.
@@ -139,8 +156,10 @@ class LossSettings:
     """
 
     objective: str = "adadfq"
+    hinge: float = 1.0
     alpha_ds: float = 0.2
     alpha_as: float = 0.1
+    alpha_label: float = 0.0
     beta: float = 1.0
     gamma: float = 1.0
     lambda_lower: float = 0.1
@@ -150,7 +169,7 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         check_choice("LossSettings.objective", self.objective, OBJECTIVES)
-        weights = dict.fromkeys(("alpha_ds", "alpha_as", "beta", "gamma", "attention"), real(0))
+        weights = dict.fromkeys(("hinge", "alpha_ds", "alpha_as", "alpha_label", "beta", "gamma", "attention"), real(0))
         bounds = dict.fromkeys(("lambda_lower", "lambda_upper"), real(0, 1))
         check_fields(self, weights | bounds | {"temperature": real(0, low_open=True)})
         if self.lambda_lower > self.lambda_upper:
@@ -158,6 +177,11 @@ class LossSettings:
                 f"LossSettings.lambda_lower, lambda_upper: got {self.lambda_lower!r}, {self.lambda_upper!r}, "
                 "allowed are 0 <= lower <= upper <= 1"
             )
+
+    @property
+    def watches_student(self) -> bool:
+        """Whether the generator's loss depends on the student."""
+        return self.objective == "adadfq" and bool(self.hinge or self.beta * (self.alpha_ds + self.alpha_as))
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -260,8 +284,17 @@ class Trainer:
     @property
     def student_schedule(self) -> optax.Schedule:
         """Learning rate of the student by global step."""
+        return self._student_schedule(0)
+
+    def _student_schedule(self, first_step: int) -> optax.Schedule:
+        """The same by the steps from the global step ``first_step`` on."""
         o = self.optimizers
-        return schedules.step_decay(o.student_lr, o.decay_epochs, o.steps_per_epoch)
+        decaying = schedules.step_decay(o.student_lr, o.decay_epochs, o.steps_per_epoch, first_step)
+        if not o.cosine_epochs:
+            return decaying
+        warmup, steps = (epochs * o.steps_per_epoch for epochs in (o.warmup_epochs, o.cosine_epochs))
+        cosine = optax.cosine_decay_schedule(1.0, steps - warmup)
+        return lambda count: decaying(count) * cosine(jnp.maximum(count + first_step - warmup, 0))
 
     @property
     def generator_optimizer(self) -> optax.GradientTransformation:
@@ -271,14 +304,14 @@ class Trainer:
 
     @property
     def student_optimizer(self) -> optax.GradientTransformation:
-        """SGD with Nesterov momentum and weight decay; it first moves when the warm-up is over."""
+        """SGD with Nesterov momentum, or Adam, and weight decay; it first moves when the warm-up is over."""
         o = self.optimizers
-        first_step = o.warmup_epochs * o.steps_per_epoch
-        schedule = schedules.step_decay(o.student_lr, o.decay_epochs, o.steps_per_epoch, first_step)
-        return optax.chain(
-            optax.add_decayed_weights(o.student_weight_decay),
-            optax.sgd(schedule, momentum=o.student_momentum, nesterov=True),
-        )
+        schedule = self._student_schedule(o.warmup_epochs * o.steps_per_epoch)
+        if o.student_optimizer == "adam":
+            optimizer = optax.adam(schedule, b1=o.student_momentum)
+        else:
+            optimizer = optax.sgd(schedule, momentum=o.student_momentum, nesterov=True)
+        return optax.chain(optax.add_decayed_weights(o.student_weight_decay), optimizer)
 
     def init(self, teacher: Variables) -> TrainState:
         """The state before the first step: a random generator, and the teacher as student.

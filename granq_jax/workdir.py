@@ -22,10 +22,10 @@ from granq_jax.reporting import REPORT
 from granq_jax.teachers import TEACHER_RESULT, TEACHER_TRAINING, TRAINED_TEACHER
 
 _CONFIG, _LOCK, RESULT = "config.json", "run.lock", "result.json"
-_EVALUATION = "evaluation.json"
+_EVALUATION, HELD_OUT = "evaluation.json", "held_out.safetensors"
 # In the order in which they are removed: should that be broken off, config.json still says whose they are.
 _OWN_FILES = (
-    *(RESULT, REPORT, METRICS, EVENTS, "checkpoints", _EVALUATION, "profile", "profile.json", "export"),
+    *(RESULT, REPORT, METRICS, EVENTS, "checkpoints", HELD_OUT, _EVALUATION, "profile", "profile.json", "export"),
     *(STARTS, _CONFIG),
 )
 
@@ -33,7 +33,7 @@ _OWN_FILES = (
 # written and kept, and where inputs lie. Whether a teacher is still the same one is seen by its weights.
 MAY_CHANGE = frozenset(
     {
-        *("epochs", "resume", "on_nonfinite", "data_dir", "teacher"),
+        *("epochs", "resume", "on_nonfinite", "on_breakdown", "data_dir", "teacher"),
         *("eval_every_epochs", "checkpoint_every_epochs", "log_every_steps", "keep_checkpoints", "keep_best"),
         *("profile.start", "profile.steps"),
     }
@@ -63,7 +63,8 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
         )
     begun, asked = (dict(flat(c)) for c in (load_config(workdir / _CONFIG), config))
     for key in asked:
-        if key not in MAY_CHANGE and begun[key] != asked[key]:
+        fixed = key not in MAY_CHANGE or (key == "epochs" and config.student.schedule == "cosine")  # ends with them
+        if fixed and begun[key] != asked[key]:
             raise ValueError(
                 f"config.{key}: got {asked[key]!r}, but the run in {str(workdir)!r} was begun with {begun[key]!r}, and "
                 f"it can go on with that only; give another --workdir, or replace the run with --overwrite"
@@ -176,7 +177,9 @@ def finished_result(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         result = json.loads((workdir / RESULT).read_text())
         # Whether a teacher elsewhere is the same one, its weights have to tell.
-        if result["steps"] == config.epochs * config.steps_per_epoch and result["teacher"] == config.teacher:
+        broke_down = result.get("broke_down_after") is not None and config.on_breakdown == "stop"
+        ended = result["steps"] == config.epochs * config.steps_per_epoch or broke_down
+        if ended and result["teacher"] == config.teacher:
             return result
     return None
 

@@ -58,7 +58,7 @@ def test_the_newest_ones_are_kept_and_the_best(tmp_path):
     assert save_all(tmp_path / "b", range(5), keep=3) == [2, 3, 4]
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         for step in range(4):
-            checkpoints.best_step = min(step, 1)
+            checkpoints.kept_steps = frozenset({min(step, 1)})
             checkpoints.save(step, state_of(step))
     assert sorted(path.name for path in (tmp_path / "c" / "checkpoints").iterdir()) == ["1", "3"]
 

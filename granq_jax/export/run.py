@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from granq_jax.build import make_trainer
 from granq_jax.config import check_config
 from granq_jax.data import DATASETS
-from granq_jax.evaluate import newest_state
+from granq_jax.evaluate import state_of_run
 from granq_jax.export.packed import save_packed
 from granq_jax.export.program import export_program
 from granq_jax.quant import storage_bytes
@@ -56,7 +56,7 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     check_writable(workdir)
     trainer = make_trainer(config)
-    step, state = newest_state(trainer, workdir)
+    step, state = state_of_run(trainer, workdir)
     student = state.result
     folder = workdir / "export"
     folder.mkdir(exist_ok=True)

@@ -418,9 +418,7 @@ class QuantizedModel:
             if watch is not None and (x := first_input(args, kwargs)) is not None:
                 seen = watch(module, x)
                 if seen is not None:
-                    args, kwargs = with_first_input(
-                        args, kwargs, leave(x, _WATCHED, "/".join(module.path), **seen)
-                    )
+                    args, kwargs = with_first_input(args, kwargs, leave(x, _WATCHED, "/".join(module.path), **seen))
             if self.spec.placement == "operand":
                 if not isinstance(module, LAYERS):
                     return next_call(*args, **kwargs)
