@@ -139,9 +139,7 @@ def state_of_run(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
         saved = checkpoints.newest(*likes)
         if saved is None:
             raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-        chosen = guard.chosen(
-            {int(step): guard.Score(*values) for step, values in saved.notes.get("scores", {}).items()}
-        )
+        chosen = guard.chosen(guard.scores_of(saved.notes))
         if chosen is not None and chosen != saved.step:
             saved = checkpoints.of_step(chosen, *likes)
     return saved.step, saved.state

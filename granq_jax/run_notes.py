@@ -49,9 +49,9 @@ class RunNotes:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        by_step = {"evaluations": self.evaluations, "scores": self.scores}
-        lists = {name: {str(step): list(values) for step, values in of.items()} for name, of in by_step.items()}
-        return {**dataclasses.asdict(self), **lists}
+        evaluations = {str(step): list(accuracy) for step, accuracy in self.evaluations.items()}
+        scores = {str(step): list(score) for step, score in self.scores.items()}
+        return {**dataclasses.asdict(self), "evaluations": evaluations, "scores": scores}
 
     @classmethod
     def from_json(cls, notes: dict[str, Any]) -> RunNotes:
@@ -64,6 +64,4 @@ class RunNotes:
         """
         one = {key: notes[key] and Accuracy(*notes[key]) for key in ("teacher_accuracy", "accuracy_before")}
         evaluations = {int(step): Accuracy(*values) for step, values in notes["evaluations"].items()}
-        # Runs of before there was a guard have no scores.
-        scores = {int(step): guard.Score(*values) for step, values in notes.get("scores", {}).items()}
-        return cls(**{**notes, **one, "evaluations": evaluations, "scores": scores})
+        return cls(**{**notes, **one, "evaluations": evaluations, "scores": guard.scores_of(notes)})

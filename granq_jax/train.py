@@ -271,10 +271,8 @@ class _Loop:
                     with held_back():
                         self._score = self._new_guard(teacher)
                 due = run.step == self._total or (not into_epoch and epoch % config.eval_every_epochs == 0)
-                if due and self._score is not None and run.step > self._warmup and run.step not in notes.scores:
-                    score = from_first(lambda: self._score(run.state.result)._asdict())
-                    with held_back():
-                        self._note_score(epoch, guard.Score(**score))
+                if due and run.step > self._warmup:
+                    self._look_at_score(epoch)
                 last = run.step == self._total or self._ends_early
                 if run.step and not into_epoch:
                     due = due or last
@@ -334,18 +332,23 @@ class _Loop:
         images = from_first(read)
         return None if images is None else guard.scorer(self._run.trainer, teacher, images)
 
-    def _note_score(self, epoch: int, score: guard.Score) -> None:
-        step, scores = self._run.step, self._notes.scores
-        scores[step] = score
-        self._log.guard(step, epoch, **score._asdict())
-        if guard.breakdown(scores) == step:
-            chosen = self._notes.chosen_step
-            self._log.say(
-                f"after epoch {epoch}: the student BREAKS DOWN: its error on held-out images is {score.error:.3f} of "
-                f"that before training, at least {guard.LIMIT} times the least before; "
-                + ("there is no student before it" if chosen is None else f"the result is that of step {chosen}")
-                + ("" if self._ends_early else "; the run goes on, for config.on_breakdown is 'go_on'")
-            )
+    def _look_at_score(self, epoch: int) -> None:
+        """Has the guard look at the student as it is, once, and says if it has broken down."""
+        step, scores, measure = self._run.step, self._notes.scores, self._score
+        if measure is None or step in scores:
+            return
+        score = guard.Score(**from_first(lambda: measure(self._run.state.result)._asdict()))
+        with self._interruption.held_back():
+            scores[step] = score
+            self._log.guard(step, epoch, **score._asdict())
+            if guard.breakdown(scores) == step:
+                chosen = self._notes.chosen_step
+                self._log.say(
+                    f"after epoch {epoch}: the student BREAKS DOWN: its error on held-out images is {score.error:.3f} "
+                    f"of that before training, more than {guard.LIMIT} times the least before; "
+                    + ("no student was seen before it" if chosen is None else f"the result is that of step {chosen}")
+                    + ("" if self._ends_early else "; the run goes on, for config.on_breakdown is 'go_on'")
+                )
 
     def _log_inspection(self, inspection: Inspection) -> None:
         self._log.images(self._run.step, image_grid(DATASETS[self._config.dataset].pixels(inspection.images)))

@@ -89,8 +89,8 @@ class OptimizerSettings:
       generator_lr: of Adam.
       generator_betas: its decay rates.
       decay_epochs: both rates fall to a tenth at each.
-      cosine_epochs: the student's rate also falls along half a cosine, from the end of the warm-up to zero after so many
-        epochs of the run; 0 leaves the cosine out. The generator's rate does not fall with it.
+      cosine_epochs: the student's rate also falls along half a cosine, from the end of the warm-up to zero after so
+        many epochs of the run; 0 leaves the cosine out. The generator's rate does not fall with it.
       steps_per_epoch: length of an epoch.
       warmup_epochs: epochs at the start in which only the generator moves.
     """

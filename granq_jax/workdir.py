@@ -174,10 +174,11 @@ def remove_run(workdir: Path, and_teacher: bool) -> None:
 def finished_result(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """The result of the run in ``workdir`` if it has taken all its steps, with this teacher; ``None`` otherwise."""
     # None there, or a damaged one: it is written again.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         result = json.loads((workdir / RESULT).read_text())
         # Whether a teacher elsewhere is the same one, its weights have to tell.
-        broke_down = result.get("broke_down_after") is not None and config.on_breakdown == "stop"
+        # One that ended early has not taken them all.
+        broke_down = config.on_breakdown == "stop" and result["steps"] == result.get("broke_down_after")
         ended = result["steps"] == config.epochs * config.steps_per_epoch or broke_down
         if ended and result["teacher"] == config.teacher:
             return result
