@@ -37,7 +37,7 @@ def ours(count, batch):
     from granq_jax.splits import MemorySplit
 
     halve_cpu([batch])
-    trainer = make_trainer(load_config("cifar10_w3a3"))
+    trainer = make_trainer(load_config("paper/cifar10_w3a3"))
     evaluate = student_accuracy(trainer, MemorySplit(CIFAR10, *examples(count)), batch, jax.local_devices())
     variables = jax.jit(trainer.model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     return _rate(lambda: evaluate(variables), count)

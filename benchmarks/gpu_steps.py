@@ -19,11 +19,11 @@ from turns import FORMATS, Side, SideError
 KERNELS, XLA, EAGER, COMPILED = "kernels", "XLA", "PyTorch", "PyTorch compiled"
 PYTORCH = tuple(f"{EAGER} {name}" for name in FORMATS)
 CONFIGS = {
-    "resnet20_cifar10": "cifar10_w3a3",
-    "resnet20_cifar100": "cifar100_w3a3",
-    "resnet18": "imagenet_resnet18_w3a3",
-    "resnet50": "imagenet_resnet50_w3a3",
-    "mobilenetv2_w1": "imagenet_mobilenetv2_w3a3",
+    "resnet20_cifar10": "paper/cifar10_w3a3",
+    "resnet20_cifar100": "paper/cifar100_w3a3",
+    "resnet18": "paper/imagenet_resnet18_w3a3",
+    "resnet50": "paper/imagenet_resnet50_w3a3",
+    "mobilenetv2_w1": "paper/imagenet_mobilenetv2_w3a3",
 }
 COLUMNS = (
     *("network", "batch", "precision", "side", "ms", "least_ms", "most_ms", "over_kernels", "device_ms", "launches"),

@@ -28,7 +28,7 @@ def ours(batch, classes, steps):
     from granq_jax.joint_run import JointRun
 
     halve_cpu([batch])
-    config = load_config(f"cifar{classes}_w3a3")
+    config = load_config(f"paper/cifar{classes}_w3a3")
     config.batch_size = batch
     trainer = make_trainer(config)
     teacher = jax.jit(trainer.model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

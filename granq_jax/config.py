@@ -41,6 +41,7 @@ from granq_jax.trainer import OBJECTIVES, ON_NONFINITE, STUDENT_OPTIMIZERS
 TRAIN_A_TEACHER = "train"
 SCHEDULES = ("steps", "cosine")
 ON_BREAKDOWN = ("stop", "go_on")
+PAPER = "paper"  # the folder of the released settings
 _CONFIGS = resources.files("granq_jax.configs")
 
 
@@ -184,15 +185,27 @@ def _from_json(path: Path) -> ConfigDict:
     return config
 
 
+def run_name(source: str | os.PathLike) -> str:
+    """What runs of the config at a path, or of a name, are called.
+
+    Examples:
+      >>> run_name("configs/digits_w3a3.py"), run_name("configs/paper/cifar10_w3a3.py")
+      ('digits_w3a3', 'paper/cifar10_w3a3')
+    """
+    path = Path(source)
+    return f"{PAPER}/{path.stem}" if path.parent.name == PAPER else path.stem
+
+
 def _tuples(value: Any) -> Any:
     """``value`` with tuples for lists, which JSON makes of them."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def config_names() -> list[str]:
-    """The names of the configs that come with the package."""
-    files = (entry.name for entry in _CONFIGS.iterdir())
-    return sorted(file[:-3] for file in files if file.endswith(".py") and file[0] != "_")
+    """The names of the configs that come with the package; those of the released settings begin with ``paper/``."""
+    folders = (("", _CONFIGS), (f"{PAPER}/", _CONFIGS / PAPER))
+    files = (f"{folder}{entry.name}" for folder, entries in folders for entry in entries.iterdir())
+    return sorted(file[:-3] for file in files if file.endswith(".py") and Path(file).name[0] != "_")
 
 
 def _are_overrides(value: Any) -> bool:

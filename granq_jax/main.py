@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from granq_jax import processes
 from granq_jax.compilation_cache import use_compilation_cache
-from granq_jax.config import check_config, check_setting_exists, load_config
+from granq_jax.config import check_config, check_setting_exists, load_config, run_name
 from granq_jax.devices import halve_cpu
 from granq_jax.evaluate import SUBJECTS, evaluate_run
 from granq_jax.export import export_run
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--config: not given, allowed are a config's path or name (or the --workdir of a run)")
         use_compilation_cache(options.compilation_cache)
         suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
-        workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
+        workdir = options.workdir or Path("runs") / f"{run_name(options.config)}{suffix}"
         saved = workdir / "config.json"
         # A run is evaluated and exported with the settings it was trained with.
         source = saved if options.mode in _OF_A_RUN and os.path.isfile(saved) else options.config

@@ -98,7 +98,7 @@ def test_a_teacher_is_evaluated_alone(trained, tmp_path):
 
 
 def test_the_bundled_teacher(tmp_path):
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     assert config.teacher == "bundled"
     teacher = flatten_dict(load_teacher(config, tmp_path))
     shapes = flatten_dict(jax.eval_shape(create_model(config.network).init, jax.random.key(0), np.ones((1, 32, 32, 3))))
@@ -109,10 +109,15 @@ def test_the_bundled_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("config", "teacher", "error", "words"),
     [
-        ("cifar10_w3a3", "", ValueError, ("not set", "'bundled'", "'resnet20_cifar10'", "'train'", ".safetensors")),
-        ("cifar10_w3a3", "none.npz", FileNotFoundError, ("none.npz", "no such file", "'bundled'")),
-        ("cifar10_w3a3", "resnet18", ValueError, ("'resnet18' for 'resnet20_cifar10'", "'bundled'")),
-        ("imagenet_resnet18_w3a3", "bundled", ValueError, ("'bundled' for 'resnet18'", "'resnet18', a public")),
+        (
+            "paper/cifar10_w3a3",
+            "",
+            ValueError,
+            ("not set", "'bundled'", "'resnet20_cifar10'", "'train'", ".safetensors"),
+        ),
+        ("paper/cifar10_w3a3", "none.npz", FileNotFoundError, ("none.npz", "no such file", "'bundled'")),
+        ("paper/cifar10_w3a3", "resnet18", ValueError, ("'resnet18' for 'resnet20_cifar10'", "'bundled'")),
+        ("paper/imagenet_resnet18_w3a3", "bundled", ValueError, ("'bundled' for 'resnet18'", "'resnet18', a public")),
     ],
 )
 def test_teachers_that_cannot_be_had(config, teacher, error, words):
@@ -123,7 +128,7 @@ def test_teachers_that_cannot_be_had(config, teacher, error, words):
 
 
 def test_a_public_checkpoint_is_fetched_by_name(tmp_path, monkeypatch):
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     config.teacher = config.network
     images = np.ones((1, 32, 32, 3), np.float32)
     variables = jax.jit(create_model(config.network).init)(jax.random.key(0), images)

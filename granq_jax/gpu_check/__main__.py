@@ -17,7 +17,7 @@ from granq_jax.gpu_check.targets import GPUS
 
 # Some of every kind: one tile and several, with a loop, narrow and wide.
 _SOME = ((16, 32, 32, 16), (16, 7, 7, 512), (16, 56, 56, 144), (16, 112, 112, 64), (3, 3, 512, 512), (3, 3, 1, 960))
-_STEPS = (("cifar10_w3a3", 1), ("imagenet_resnet18_w3a3", 1), ("cifar10_w3a3", 8))
+_STEPS = (("paper/cifar10_w3a3", 1), ("paper/imagenet_resnet18_w3a3", 1), ("paper/cifar10_w3a3", 8))
 _BYTES_A_MICROSECOND = 3e6
 _BEGIN, _END = "<!-- begin: python -m granq_jax.gpu_check -->", "<!-- end -->"
 
