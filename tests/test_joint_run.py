@@ -5,10 +5,10 @@ import numpy as np
 import optax
 import pytest
 
-from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer, create_model
+from granq_jax import Generator, LossSettings, OptimizerSettings, QuantSpec, Trainer, create_model
 from granq_jax.devices import place
 from granq_jax.joint_run import JointRun, NonFinite, NonFiniteError, zero_shot_quantize
-from granq_jax.step import CHECKED, sample_noise
+from granq_jax.step import CHECKED, sample_noise, update
 from tests.conftest import one_line_error
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -225,3 +225,63 @@ def test_steps_go_on_from_a_state(teacher):
     rest.advance(warmup=False)
     assert rest.step == whole.step == 2
     chex.assert_trees_all_equal(jax.device_get(rest.state), jax.device_get(whole.state))
+
+
+def test_a_generator_that_does_not_look_at_the_student_takes_the_same_step(x64, teacher):
+    """The way through the student is left out where its weight is 0; with a weight of nearly 0 it is not."""
+    teacher = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), teacher)
+    z, labels = jax.random.normal(jax.random.key(1), (4, 100), jnp.float64), jnp.arange(4)
+    after = {}
+    for alpha_as in (0.0, 1e-300):
+        losses = LossSettings(hinge=0.0, alpha_ds=0.0, alpha_as=alpha_as, alpha_label=1.0, gamma=10.0)
+        trainer = make_trainer(losses=losses, dtype=jnp.float64)
+        assert losses.watches_student == bool(alpha_as)
+        state = trainer.init(teacher)
+        after[alpha_as], _ = jax.jit(update, static_argnums=(0, 1))(trainer, False, state, teacher, z, labels)
+    chex.assert_trees_all_close(after[0.0], after[1e-300], rtol=1e-9, atol=1e-12)
+
+
+def test_the_cosine_ends_at_zero_and_leaves_the_generator_alone():
+    settings = OptimizerSettings(
+        steps_per_epoch=10, warmup_epochs=2, cosine_epochs=6, decay_epochs=(), student_lr=0.5, generator_lr=0.1
+    )
+    trainer = make_trainer(optimizers=settings)
+    steps = np.arange(61)
+    expected = 0.25 * (1 + np.cos(np.pi * np.clip((steps - 20) / 40, 0, 1)))
+    np.testing.assert_allclose([trainer.student_schedule(step) for step in steps], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose([trainer.generator_schedule(step) for step in steps], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_student_learns_at_the_rate_that_is_logged(x64, optimizer):
+    """The optimizer counts its own steps, which begin after the warm-up."""
+    settings = OptimizerSettings(
+        student_optimizer=optimizer, steps_per_epoch=2, warmup_epochs=1, cosine_epochs=4, student_weight_decay=0.0
+    )
+    trainer = make_trainer(optimizers=settings)
+    params, gradient = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
+    state = trainer.student_optimizer.init(params)
+    for step in range(2, 8):
+        updates, state = trainer.student_optimizer.update(gradient, state, params)
+        rate = float(trainer.student_schedule(step))
+        # Of a gradient that is always 1 both of Adam's moments are 1.
+        momentum = 1.0 if optimizer == "adam" else 1 + 0.9 * sum(0.9**k for k in range(step - 1))
+        np.testing.assert_allclose(updates["w"], -rate * momentum, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"student_optimizer": "rmsprop"}, ("student_optimizer", "'rmsprop'", "'adam'")),
+        ({"cosine_epochs": 1, "warmup_epochs": 1}, ("cosine_epochs", "warmup_epochs, 1")),
+    ],
+)
+def test_optimizer_settings_that_are_refused(changes, words):
+    with one_line_error(ValueError, *words):
+        OptimizerSettings(**changes)
+
+
+def test_the_cosine_ends_with_the_run(teacher):
+    trainer = make_trainer(optimizers=OptimizerSettings(steps_per_epoch=2, warmup_epochs=1, cosine_epochs=3))
+    with one_line_error(ValueError, "epochs: got 4", "cosine_epochs, 3"):
+        zero_shot_quantize(trainer, teacher, epochs=4)
