@@ -24,6 +24,7 @@ from granq_jax.checks import truth as _truth
 from granq_jax.checks import whole as _whole
 from granq_jax.data import DATASETS
 from granq_jax.models.registry import NETWORKS
+from granq_jax.paths import expanded
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
     ACT_GRANULARITIES,
@@ -137,7 +138,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
       >>> config.quant.weight_bits, config.network
       (4, 'resnet20_cifar10')
     """
-    path = Path(name)
+    path = expanded(name, "config")
     if str(name) in config_names():
         path = Path(str(_CONFIGS / f"{name}.py"))
     if path.suffix not in (".py", ".json") or not os.path.isfile(path):  # which, unlike Path's, takes any name

@@ -16,6 +16,7 @@ import PIL.Image
 
 from granq_jax.checks import check_choice
 from granq_jax.cifar import load_cifar, looked_for
+from granq_jax.paths import expanded
 from granq_jax.splits import Dataset, EncodedSplit, MemorySplit, Split
 
 _IMAGENET = Dataset(1000, 224, 3, 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -60,6 +61,7 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     check_choice("split", split, ("train", "test"))
     if name == "digits":
         return _load_digits(split)
+    data_dir = data_dir and str(expanded(data_dir, "config.data_dir"))
     try:
         if name == "image_folder":
             return _load_folder(split, data_dir)

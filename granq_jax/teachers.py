@@ -18,6 +18,7 @@ from granq_jax.checkpoint import Checkpoints, save_variables
 from granq_jax.config import TRAIN_A_TEACHER
 from granq_jax.data import load_split
 from granq_jax.models.registry import create_model
+from granq_jax.paths import expanded
 from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
 from granq_jax.processes import from_first, is_first, together
 from granq_jax.record import write_json
@@ -42,7 +43,7 @@ def check_teacher(config: ConfigDict) -> None:
     """
     teacher, network = config.teacher, config.network
     allowed = [
-        f"the path of a .npz, .safetensors, .pth or .pt checkpoint of {network}",
+        f"the path of a checkpoint of {network} (.npz, .safetensors or PyTorch's)",
         f"{TRAIN_A_TEACHER!r} to train one first",
         *(f"{BUNDLED!r}, which comes with the package" for name in _bundled_networks() if name == network),
         *(f"{name!r}, a public checkpoint" for name in zoo.CHECKPOINTS if name == network),
@@ -52,7 +53,8 @@ def check_teacher(config: ConfigDict) -> None:
     other_network = teacher in zoo.CHECKPOINTS and teacher != network
     if other_network or (teacher == BUNDLED and network not in _bundled_networks()):
         raise ValueError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
-    if teacher not in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS) and not os.path.isfile(teacher):
+    known = teacher in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS)
+    if not known and not os.path.isfile(expanded(teacher, "config.teacher")):
         raise FileNotFoundError(
             f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )

@@ -22,6 +22,7 @@ from granq_jax.data import DATASETS, load_split
 from granq_jax.evaluate import Evaluation, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun, NonFiniteError
 from granq_jax.metrics import MetricsLog
+from granq_jax.paths import expanded
 from granq_jax.processes import check_alike, from_first, interruptible_together, is_first, together
 from granq_jax.quant import effective_weight_bits
 from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_json, write_text
@@ -80,7 +81,7 @@ def train_and_evaluate(
       print(result["teacher_top1"], result["student_top1"])
     """
     check_alike({"--mode": "train", "--overwrite": overwrite, **dict(flat(config, "config."))})
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     devices = jax.devices()
     with together():
         check_config(config)

@@ -15,6 +15,7 @@ from granq_jax.config import check_config, flat
 from granq_jax.data import load_split
 from granq_jax.evaluate import float_accuracy, percentages
 from granq_jax.models.registry import create_model
+from granq_jax.paths import expanded
 from granq_jax.processes import check_alike, is_first, together
 from granq_jax.record import check_writable, peak_rss_mb, versions, write_json
 from granq_jax.splits import Split
@@ -40,7 +41,7 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       RunError: if the training diverges, or a checkpoint cannot be written or read, or an image not read.
     """
     check_alike({"--mode": "train_teacher", **dict(flat(config, "config."))})
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     devices = jax.devices()
     with together():
         check_config(config)
