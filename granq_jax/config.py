@@ -17,6 +17,7 @@ from granq_jax.checks import Check
 from granq_jax.checks import betas as _betas
 from granq_jax.checks import choice as _choice
 from granq_jax.checks import decay as _decay
+from granq_jax.checks import for_channels as _for_channels
 from granq_jax.checks import increasing_epochs as _increasing_epochs
 from granq_jax.checks import real as _real
 from granq_jax.checks import text as _text
@@ -55,7 +56,9 @@ def default_config() -> ConfigDict:
     config.seed = 0
     config.network = "resnet20_cifar10"
     config.dataset = "cifar10"
-    config.data_dir = ""  # where TFDS finds or prepares the data; "" is its own default
+    config.data_dir = ""  # where the data are; "" is TFDS's own default
+    config.mean = ()  # and
+    config.std = ()  # of pixels from 0 to 1, a number for each channel, as the teacher was trained with; () is usual
     config.teacher = "bundled"  # or a checkpoint's path, a public checkpoint's name, "train" to train one first
     config.batch_size = 16  # over all devices
     config.epochs = 200
@@ -189,6 +192,8 @@ CHECKS: dict[str, Check] = {
     "network": _choice(*NETWORKS),
     "dataset": _choice(*DATASETS),
     "data_dir": _text(),
+    "mean": _for_channels(_real(0, 1)),
+    "std": _for_channels(_real(0, low_open=True)),
     "teacher": _text(),
     "batch_size": _whole(2, _LARGEST),
     "epochs": _whole(1),
@@ -315,6 +320,12 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.dataset: got {config.dataset!r} with {what} {getattr(dataset, what)}, but config.network, "
                 f"{config.network!r}, allows {what} {getattr(network, what)} only"
+            )
+    for what in ("mean", "std"):
+        if len(config[what]) not in (0, dataset.channels):
+            raise ValueError(
+                f"config.{what}: got {config[what]}, allowed are {dataset.channels} numbers, one for each channel of "
+                f"{config.dataset}, and ()"
             )
     if training.small_epochs and training.small_size > dataset.image_size:
         raise ValueError(

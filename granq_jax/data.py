@@ -5,6 +5,7 @@ Zero-shot quantization itself needs none of this.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import os
@@ -36,7 +37,23 @@ _TFDS_SPLITS = {"imagenet2012": {"train": "train", "test": "validation"}}
 _IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
-def load_split(name: str, split: str, data_dir: str = "") -> Split:
+def described(name: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Dataset:
+    """What is fixed of the data set ``name``, with another mean and deviation where they are not ``()``.
+
+    They are of pixels from 0 to 1, and those that the teacher's images were normalised with in its training. Generated
+    images are normalised ones: they meet the teacher as they are, and only to be seen are they turned into pixels.
+
+    Examples:
+      >>> described("cifar10", std=(0.2023, 0.1994, 0.2010)).mean == DATASETS["cifar10"].mean
+      True
+    """
+    dataset = DATASETS[name]
+    return dataclasses.replace(dataset, mean=tuple(mean) or dataset.mean, std=tuple(std) or dataset.std)
+
+
+def load_split(
+    name: str, split: str, data_dir: str = "", mean: tuple[float, ...] = (), std: tuple[float, ...] = ()
+) -> Split:
     """A split of a data set: small images in memory, photographs decoded when they are used.
 
     Args:
@@ -48,6 +65,8 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
         (``cifar-10-batches-py``, ``cifar-10-batches-bin`` and their like) or ``cifar10.npz``, or such a
         file, see :func:`granq_jax.cifar.load_cifar`; of an image folder, its path. Else it is where TFDS
         finds the data set, or prepares it; ``""`` is TFDS's own default.
+      mean: of pixels, see :func:`described`.
+      std: likewise.
 
     Raises:
       ValueError: if the data set cannot be had. The message says what to do.
@@ -59,6 +78,11 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     """
     check_choice("dataset", name, DATASETS)
     check_choice("split", split, ("train", "test"))
+    found = _load(name, split, data_dir)
+    return dataclasses.replace(found, dataset=described(name, mean, std)) if mean or std else found
+
+
+def _load(name: str, split: str, data_dir: str) -> Split:
     if name == "digits":
         return _load_digits(split)
     data_dir = data_dir and str(expanded(data_dir, "config.data_dir"))

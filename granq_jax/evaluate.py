@@ -100,7 +100,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
             if subject != "student":
                 check_teacher_of_run(config, workdir)
         check_devices(config, devices)
-        split = load_split(config.dataset, "test", config.data_dir)
+        split = load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
     trainer = make_trainer(config)
     evaluation = {**describe(config), "eval_examples": len(split)}
     if subject != "student":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -16,14 +17,15 @@ from ml_collections import ConfigDict
 from granq_jax import zoo
 from granq_jax.checkpoint import Checkpoints, save_variables
 from granq_jax.config import TRAIN_A_TEACHER
-from granq_jax.data import load_split
+from granq_jax.data import described, load_split
 from granq_jax.models.registry import create_model
 from granq_jax.paths import expanded
 from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
 from granq_jax.processes import from_first, is_first, together
 from granq_jax.record import write_json
 from granq_jax.splits import Split
-from granq_jax.torch_import import load_torch
+from granq_jax.torch_import import load_named, load_torch
+from granq_jax.torch_names import OWN_NAMES
 from granq_jax.trainer import Variables
 
 BUNDLED = "bundled"
@@ -31,6 +33,8 @@ TRAINED_TEACHER, TEACHER_RESULT = "teacher.safetensors", "teacher.json"  # the l
 _BUNDLE = Path(__file__).parent / "bundled"
 TEACHER_TRAINING = "teacher_training"
 _SETTINGS = "settings.json"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def check_teacher(config: ConfigDict) -> None:
@@ -90,7 +94,16 @@ def _read_teacher(config: ConfigDict, workdir: Path) -> Variables | None:
         return load_torch(config.network, _BUNDLE / f"{config.network}.safetensors")
     if config.teacher in zoo.CHECKPOINTS:
         return load_torch(config.network, zoo.fetch(config.teacher))
-    return load_torch(config.network, config.teacher)
+    variables, zoo_of_names = load_named(config.network, config.teacher)
+    if zoo_of_names != OWN_NAMES:
+        pixels = described(config.dataset, config.mean, config.std)
+        _LOGGER.info(
+            "teacher: the file does not say how its images were normalised; taken are mean %s and std %s: set "
+            "config.mean and config.std if it was trained with others",
+            pixels.mean,
+            pixels.std,
+        )
+    return variables
 
 
 def check_loads(config: ConfigDict, workdir: Path, anew: bool) -> None:
@@ -160,7 +173,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
 
 
 def _training_split(config: ConfigDict) -> Split:
-    split = load_split(config.dataset, "train", config.data_dir)
+    split = load_split(config.dataset, "train", config.data_dir, config.mean, config.std)
     check_batches(_pretrain_settings(config), split, jax.devices(), "config.teacher_training")
     return split
 
@@ -171,7 +184,10 @@ def _pretrain_settings(config: ConfigDict) -> PretrainSettings:
 
 def _described(config: ConfigDict) -> dict[str, Any]:
     """What a teacher in training is known by."""
-    return {"network": config.network, "dataset": config.dataset, **dataclasses.asdict(_pretrain_settings(config))}
+    # As they are in JSON, and only where they are not the usual ones.
+    pixels = {what: list(config[what]) for what in ("mean", "std") if config[what]}
+    settings = dataclasses.asdict(_pretrain_settings(config))
+    return {"network": config.network, "dataset": config.dataset, **pixels, **settings}
 
 
 def _check_same_settings(config: ConfigDict, workdir: Path) -> None:

@@ -54,7 +54,11 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
                 )
             check_writable(workdir)
         check_devices(config, devices)
-        split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+        split = (
+            load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
+            if config.eval == "test"
+            else None
+        )
     with locked(workdir):
         return _trained_and_evaluated(config, workdir, split, devices)
 
