@@ -197,13 +197,18 @@ def _parts(name: str) -> list[str | int]:
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
+def _archives(folder: Path) -> list[str]:
+    names = (path.name for path in _visible(folder)) if folder.is_dir() else ()
+    return [name for name in names if name.endswith((".tar", ".tgz", ".tar.gz", ".zip"))]
+
+
 def _recognised(folder: Path) -> str:
     """What a folder that is none of classes seems to be instead, and what to do; ``""`` if that is not known."""
     if not folder.is_dir():
         return ""
     held = _visible(folder)
     images = [path.name for path in held if path.suffix.lower() in _IMAGE_SUFFIXES]
-    archives = [path.name for path in held if path.name.endswith((".tar", ".tgz", ".tar.gz", ".zip"))]
+    archives = _archives(folder)
     kaggle = folder / "ILSVRC" / "Data" / "CLS-LOC"
     if images:
         flat = "ImageNet's validation images as their archive holds them" if images[0][:11] == "ILSVRC2012_" else "flat"
@@ -232,7 +237,12 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
         prepares = importlib.util.find_spec("tensorflow") is not None
         if data_dir and not prepares and not os.path.isdir(Path(data_dir) / name):
             # TFDS, which may not even be installed, would find nothing there.
-            raise ValueError(f"it holds no {name}/ and nothing else that is looked for")
+            packed = _archives(Path(data_dir))
+            raise ValueError(
+                f"it holds {packed[0]}, which has to be unpacked"
+                if packed
+                else f"it holds no {name}/ and nothing else that is looked for"
+            )
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")

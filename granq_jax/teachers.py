@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -23,7 +24,7 @@ from granq_jax.paths import expanded
 from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
 from granq_jax.processes import from_first, is_first, together
 from granq_jax.record import write_json
-from granq_jax.splits import Split
+from granq_jax.splits import Dataset, Split
 from granq_jax.torch_import import load_named, load_torch
 from granq_jax.torch_names import OWN_NAMES
 from granq_jax.trainer import Variables
@@ -95,8 +96,10 @@ def _read_teacher(config: ConfigDict, workdir: Path) -> Variables | None:
     if config.teacher in zoo.CHECKPOINTS:
         return load_torch(config.network, zoo.fetch(config.teacher))
     variables, zoo_of_names = load_named(config.network, config.teacher)
-    if zoo_of_names != OWN_NAMES:
-        pixels = described(config.dataset, config.mean, config.std)
+    pixels = described(config.dataset, config.mean, config.std)
+    if zoo_of_names == OWN_NAMES:
+        _check_same_pixels(pixels, expanded(config.teacher, "config.teacher").parent / TEACHER_RESULT)
+    else:
         _LOGGER.info(
             "teacher: the file does not say how its images were normalised; taken are mean %s and std %s: set "
             "config.mean and config.std if it was trained with others",
@@ -204,6 +207,20 @@ def _check_same_settings(config: ConfigDict, workdir: Path) -> None:
             raise ValueError(
                 f"workdir: {str(workdir)!r} holds a teacher trained with {key} {begun.get(key)!r} instead "
                 f"of {settings.get(key)!r}; give the same settings to go on, or another workdir"
+            )
+
+
+def _check_same_pixels(pixels: Dataset, result: Path) -> None:
+    """Raises a ``ValueError`` if ``result``, of the training of a teacher, tells of images normalised otherwise."""
+    trained: Any = None
+    with contextlib.suppress(OSError, ValueError):  # there is none, or a damaged one
+        trained = json.loads(result.read_text())
+    for what in ("mean", "std"):
+        given = list(getattr(pixels, what))
+        before = trained.get(what, given) if isinstance(trained, dict) else given
+        if before != given:
+            raise ValueError(
+                f"config.{what}: got {given}, but {str(result)!r} says the teacher was trained with {before}"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from granq_jax.build import check_devices
+from granq_jax.build import check_devices, make_dataset
 from granq_jax.config import check_config, flat
 from granq_jax.data import load_split
 from granq_jax.evaluate import float_accuracy, percentages
@@ -74,6 +74,8 @@ def _trained_and_evaluated(
         "dataset": config.dataset,
         "network": config.network,
         "teacher_training": config.teacher_training.to_dict(),
+        "mean": list(make_dataset(config).mean),
+        "std": list(make_dataset(config).std),
         "seed": config.seed,
         "eval_examples": 0 if split is None else len(split),
         **percentages("teacher", accuracy),

@@ -144,6 +144,15 @@ def test_a_file_of_others_is_read_with_a_word_on_its_normalisation(tmp_path, cap
     assert "config.mean" not in caplog.text
 
 
+def test_a_teacher_trained_here_is_used_with_images_normalised_alike(trained, tmp_path):
+    workdir, result = trained
+    assert (result["mean"], result["std"]) == ([0.30], [0.38])
+    path = str(workdir / "teacher.safetensors")
+    load_teacher(tiny_config(teacher=path, std=(0.38,)), tmp_path)
+    with one_line_error(ValueError, "config.std", "[0.5]", "[0.38]", "teacher.json"):
+        load_teacher(tiny_config(teacher=path, std=(0.5,)), tmp_path)
+
+
 def test_training_does_not_go_on_with_images_normalised_otherwise(trained):
     workdir, _ = trained
     with one_line_error(ValueError, "workdir", "mean", "[0.5]"):
