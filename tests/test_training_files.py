@@ -276,6 +276,19 @@ def test_two_that_fit_and_differ_are_refused_by_name(tmp_path, content, places):
     is_refused(tmp_path / "t.pth", "t.pth", "two", "differ", *places)
 
 
+def test_a_damaged_file_of_two_is_to_blame(tmp_path):
+    content = whole({"model": plain(), "model_ema": plain(seed=1)})
+    place = content.index(plain(seed=1)[KEY].tobytes())
+    (tmp_path / "t.pth").write_bytes(content[:place] + b"!" + content[place + 1 :])
+    is_refused(tmp_path / "t.pth", "t.pth", "cannot be read")
+
+
+def test_what_is_there_instead_of_a_tensor_is_named(tmp_path):
+    quantized = Raw(b"ctorch._utils\n_rebuild_qtensor\n)R")
+    (tmp_path / "t.pth").write_bytes(whole(plain() | {KEY: quantized}))
+    is_refused(tmp_path / "t.pth", f"{KEY} is a torch._utils._rebuild_qtensor, allowed are tensors")
+
+
 @pytest.mark.parametrize("more", ["model.fc.weight", "0.mean", "criterion.weight"])
 def test_a_tensor_outside_the_prefix_is_not_left_out(more):
     message = is_refused(below("model.") | {more: np.ones((10, 3), np.float32)}, f"surplus {more}", "'model.'")
