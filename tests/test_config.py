@@ -98,6 +98,11 @@ def _flat(tree, prefix=""):
     [
         ("seed", -1, "from 0"),
         ("seed", 1.5, "whole numbers"),
+        ("mean", (0.5,), "3 numbers"),
+        ("mean", (0.5, 0.5, 127.0), "from 0 to 1"),
+        ("mean", 0.5, "tuples"),
+        ("std", (0.5, 0.5, 0.0), "above 0"),
+        ("std", (0.2, 0.2, 0.2, 0.2), "3 numbers"),
         ("network", "resnet21", "resnet20_cifar10"),
         ("dataset", "mnist", "digits"),
         ("dataset", "cifar100", "classes 10"),
