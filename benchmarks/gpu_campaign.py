@@ -24,6 +24,7 @@ a CPU at tiny sizes, the kernels interpreted. Part d needs PyTorch for its other
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
 import os
@@ -91,16 +92,25 @@ def start_part(part: str, seconds: float, options: argparse.Namespace, given: li
     if options.rehearse:
         environment |= {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, *given, f"--part={part}", f"--seconds={seconds}"]
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
-    killer = threading.Timer(seconds + GRACE, os.killpg, (process.pid, signal.SIGKILL))  # and what it started
-    killer.start()
-    left_out = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if line.startswith(LEFT_OUT):
-            left_out.append(line.removeprefix(LEFT_OUT).strip())
-    status = process.wait()
-    killer.cancel()
+    left_out: list[str] = []
+
+    def tell(lines):
+        for line in lines:
+            print(line, end="", flush=True)
+            if line.startswith(LEFT_OUT):
+                left_out.append(line.removeprefix(LEFT_OUT).strip())
+
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True
+    ) as process:
+        reader = threading.Thread(target=tell, args=(process.stdout,))
+        reader.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds + GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        reader.join()
+    status = process.returncode
     how = {0: "ran", -signal.SIGKILL: "was ended: it took too long"}.get(status, f"ended with status {status}")
     return how, left_out
 

@@ -62,7 +62,7 @@ def _table(columns: Iterable[str], lines: Iterable[Iterable[str]]) -> Iterator[s
         columns = list(columns)
         yield f"| {' | '.join(columns)} |"
         yield "|" + " --- |" * len(columns)
-        yield from (f"| {' | '.join(line)} |" for line in lines)
+        yield from (f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in line)} |" for line in lines)
 
 
 def _number(text: str, digits: int = 3) -> str:
