@@ -168,9 +168,8 @@ def _ours(side, job, rehearsal):
 
     from granq_jax.gpu_check.hlo import moved_bytes
 
-    if job.precision == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    run = joint_run(job.network, job.batch, "xla" if side == XLA else "pallas_interpret" if rehearsal else "auto")
+    impl = "xla" if side == XLA else "pallas_interpret" if rehearsal else "auto"
+    run = joint_run(job.network, job.batch, impl, job.precision)
     program = run.compiled(warmup=False)
 
     def take():

@@ -27,7 +27,7 @@ CONFIGS = {
 }
 
 
-def joint_run(network, batch, impl="auto"):
+def joint_run(network, batch, impl="auto", precision="default"):
     """Joint steps of a network with random weights, on all devices."""
     import jax
     import jax.numpy as jnp
@@ -37,7 +37,7 @@ def joint_run(network, batch, impl="auto"):
     from granq_jax.joint_run import JointRun
 
     config = load_config(CONFIGS[network])
-    config.batch_size, config.quant.impl = batch, impl
+    config.batch_size, config.quant.impl, config.precision = batch, impl, precision
     trainer = make_trainer(config)
     images = jnp.zeros((1, trainer.generator.image_size, trainer.generator.image_size, trainer.generator.channels))
     teacher = jax.jit(trainer.model.init)(jax.random.key(0), images)

@@ -24,6 +24,7 @@ from granq_jax.checks import truth as _truth
 from granq_jax.checks import whole as _whole
 from granq_jax.data import DATASETS
 from granq_jax.models.registry import NETWORKS
+from granq_jax.platforms import PRECISIONS
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
     ACT_GRANULARITIES,
@@ -70,6 +71,7 @@ def default_config() -> ConfigDict:
     config.resume = True  # go on with a run that is there already; False refuses it
     config.on_nonfinite = "stop"  # or "skip": leave a step out whose losses or parameters are not finite
     config.log_every_steps = 20
+    config.precision = "default"  # of products on GPUs: "float32" or "tf32", or as jax_default_matmul_precision says
 
     config.quant = ConfigDict()
     config.quant.weight_bits = 3
@@ -203,6 +205,7 @@ CHECKS: dict[str, Check] = {
     "resume": _truth(),
     "on_nonfinite": _choice(*ON_NONFINITE),
     "log_every_steps": _whole(1),
+    "precision": _choice(*PRECISIONS),
     "quant.weight_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.act_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.weight_granularity": _choice(*WEIGHT_GRANULARITIES),

@@ -1,3 +1,5 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer, create_model
 from granq_jax.devices import place
 from granq_jax.joint_run import JointRun, NonFinite, NonFiniteError, zero_shot_quantize
-from granq_jax.step import CHECKED, sample_noise
+from granq_jax.step import CHECKED, mapped_step, sample_noise
 from tests.conftest import one_line_error
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -157,7 +159,8 @@ def test_a_generator_for_another_number_of_classes_is_refused(teacher):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}, {"on_nonfinite": "go"}]
+    "changes",
+    [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}, {"on_nonfinite": "go"}, {"precision": "fp8"}],
 )
 def test_bad_trainers_are_refused(changes):
     ((field, value),) = changes.items()
@@ -225,3 +228,18 @@ def test_steps_go_on_from_a_state(teacher):
     rest.advance(warmup=False)
     assert rest.step == whole.step == 2
     chex.assert_trees_all_equal(jax.device_get(rest.state), jax.device_get(whole.state))
+
+
+@pytest.mark.parametrize(("precision", "stated"), [("float32", "HIGHEST"), ("tf32", "HIGH"), ("default", "DEFAULT")])
+def test_all_products_of_a_step_are_of_the_trainers_precision(teacher, precision, stated):
+    state = make_trainer().state_shapes(teacher)
+    index = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    for each in ("float32", precision):  # traces of one precision are not taken for those of another
+        text = (
+            mapped_step(make_trainer(precision=each), False, jax.local_devices()).lower(state, teacher, index).as_text()
+        )
+    products = [line for line in text.splitlines() if re.search(r"stablehlo\.(convolution|dot_general)", line)]
+    assert len(products) > 20
+    for line in products:
+        assert set(re.findall(r"\b(?:DEFAULT|HIGHEST|HIGH)\b", line)) <= {stated}, line
+        assert stated in line or stated == "DEFAULT"  # which may be left unsaid
