@@ -36,6 +36,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
         impl=config.quant.impl,
         losses=LossSettings(**config.loss.to_dict()),
         optimizers=OptimizerSettings(
+            student_optimizer=config.student.optimizer,
             student_lr=config.student.lr,
             student_momentum=config.student.momentum,
             student_weight_decay=config.student.weight_decay,
@@ -43,6 +44,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
             generator_lr=config.generator.lr,
             generator_betas=config.generator.betas,
             decay_epochs=config.decay_epochs,
+            cosine_epochs=config.epochs if config.student.schedule == "cosine" else 0,
             steps_per_epoch=config.steps_per_epoch,
             warmup_epochs=config.warmup_epochs,
         ),

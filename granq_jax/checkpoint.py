@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ import safetensors.flax
 from granq_jax.processes import from_first, is_first
 from granq_jax.record import write_bytes
 from granq_jax.stopping import RunError
+from granq_jax.tensor_files import joined
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Checkpoints:
     processes, the first reads and writes; the others are given what it reads, and must call as it does.
 
     Attributes:
-      best_step: a step whose checkpoint is kept beside the newest ones; set by the caller.
+      kept_steps: steps whose checkpoints are kept beside the newest ones; set by the caller.
     """
 
     def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
@@ -51,7 +53,7 @@ class Checkpoints:
           keep: how many of the newest are kept.
           read_only: whether files are left as they are, by a process that does not own the run.
         """
-        self.best_step: int | None = None
+        self.kept_steps: frozenset[int] = frozenset()
         self._keep = keep
         self._read_only = read_only
         self._directory = (workdir / "checkpoints").absolute()
@@ -112,29 +114,57 @@ class Checkpoints:
         """The step of the newest checkpoint, whole or damaged; ``None`` if there is none."""
         return None if self._manager is None else self._manager.latest_step()
 
-    def newest(self, like: Any) -> Saved | None:
+    def newest(self, like: Any, *others: Any) -> Saved | None:
         """The newest checkpoint that is whole; ``None`` if there is none at all.
 
-        Newer ones that are damaged are reported, and moved to ``STEP.damaged``.
+        Newer ones that are damaged are reported, and moved to ``STEP.damaged``. What cannot be read for
+        another reason, which may pass, is neither moved nor passed over.
 
         Args:
           like: a pytree of the structure, shapes and dtypes of the state.
+          *others: further ones that it may have instead.
 
         Raises:
-          RunError: if all checkpoints are damaged.
+          RunError: if all checkpoints are damaged, or the system fails to read one.
         """
-        found = from_first(lambda: self._newest(flax.serialization.to_state_dict(like)))
+        likes = (like, *others)
+        found = from_first(lambda: self._newest([flax.serialization.to_state_dict(like) for like in likes]))
         if found is None:
             return None
-        return Saved(found["step"], flax.serialization.from_state_dict(like, found["state"]), found["notes"])
+        state = flax.serialization.from_state_dict(likes[found["like"]], found["state"])
+        return Saved(found["step"], state, found["notes"])
 
-    def _newest(self, like: Any) -> dict[str, Any] | None:
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    def of_step(self, step: int, like: Any, *others: Any) -> Saved:
+        """The checkpoint of ``step``; see :meth:`newest`.
+
+        Raises:
+          RunError: if there is none that is whole.
+        """
+        likes = (like, *others)
+
+        def read():
+            try:
+                return self._read_with_patience(step, [flax.serialization.to_state_dict(like) for like in likes])
+            except Exception as error:  # damage can show in any way
+                raise RunError(
+                    f"workdir: the checkpoint of step {step} in {str(self._directory)!r} cannot be read: "
+                    f"{_one_line(error)}"
+                ) from error
+
+        found = from_first(read)
+        return Saved(step, flax.serialization.from_state_dict(likes[found["like"]], found["state"]), found["notes"])
+
+    def _newest(self, likes: Sequence[Any]) -> dict[str, Any] | None:
         damaged: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                arrays, notes = self._read(step, target)
+                found = self._read_with_patience(step, likes)
             except Exception as error:  # damage can show in any way
+                if _may_pass(error):
+                    raise RunError(
+                        f"workdir: the checkpoint of step {step} in {str(self._directory)!r} cannot be read: "
+                        f"{_one_line(error)}; it may be whole, and is left where it is: try again"
+                    ) from error
                 damaged[step] = error
                 _LOGGER.warning(
                     "checkpoint of step %d in %r is damaged, the one before it is used: %s",
@@ -144,7 +174,7 @@ class Checkpoints:
                 )
                 continue
             self._move_aside(damaged)
-            return {"step": step, "state": arrays, "notes": notes}
+            return found
         if damaged:
             raise RunError(
                 f"workdir: all checkpoints in {str(self._directory)!r} are damaged ({', '.join(map(str, damaged))}); "
@@ -169,7 +199,21 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Orbax asks which of ``checkpoints``, the oldest first, are to be kept."""
         newest = len(checkpoints) - self._keep
-        return [i >= newest or checkpoint.step == self.best_step for i, checkpoint in enumerate(checkpoints)]
+        return [i >= newest or checkpoint.step in self.kept_steps for i, checkpoint in enumerate(checkpoints)]
+
+    def _read_with_patience(self, step: int, likes: Sequence[Any]) -> dict[str, Any]:
+        """What is found of ``step`` with the first of ``likes`` that fits, in one of two attempts."""
+        errors: list[Exception] = []
+        for _ in range(2):
+            for number, like in enumerate(likes):
+                target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+                try:
+                    state, notes = self._read(step, target)
+                except Exception as error:  # of any kind, for whoever asked to judge
+                    errors.append(error)
+                else:
+                    return {"step": step, "state": state, "notes": notes, "like": number}
+        raise next(filter(_may_pass, errors), errors[0])
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         items = self._args.Composite(state=self._args.StandardRestore(target), record=self._args.JsonRestore())
@@ -217,6 +261,22 @@ def digest(variables: Any) -> str:
     return _digest(jax.device_get(variables), {})
 
 
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a failure to read says nothing of what is there: of memory, permissions, a network's file system."""
+    if error is None:
+        return False
+    numbers = [int(number) for number in re.findall(r"OS error (\d+)", str(error))]  # as TensorStore tells them
+    if any(number not in _OF_DAMAGE for number in numbers) or isinstance(error, MemoryError):
+        return True
+    of_system = isinstance(error, OSError) and not isinstance(
+        error, FileNotFoundError | NotADirectoryError | IsADirectoryError
+    )
+    return of_system or _may_pass(error.__cause__ or error.__context__)
+
+
+_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+
+
 def _one_line(error: Exception) -> str:
     """The operating system's reason where the message holds one, and otherwise its beginning."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -229,4 +289,5 @@ def save_variables(path: Path, variables: Any) -> None:
 
     Of several processes, the first does so.
     """
-    write_bytes(path, safetensors.flax.save(flax.traverse_util.flatten_dict(variables, sep="/")))
+    tensors = {joined(keys): leaf for keys, leaf in flax.traverse_util.flatten_dict(variables).items()}
+    write_bytes(path, safetensors.flax.save(tensors))

@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 Check = tuple[Callable[[Any], bool], str]
 
 
 def whole(low: int, high: int | None = None) -> Check:
     """Whole numbers from ``low`` to ``high``."""
     allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
-    return lambda v: type(v) is int and v >= low and (high is None or v <= high), allowed
+    return lambda v: is_whole(v) and v >= low and (high is None or v <= high), allowed
 
 
 def real(low: float, high: float = math.inf, low_open: bool = False) -> Check:
@@ -23,6 +25,7 @@ def real(low: float, high: float = math.inf, low_open: bool = False) -> Check:
         allowed += f" to {high:g}"
 
     def holds(v):
+        v = _plain(v)  # NumPy's would be compared in their own dtype
         # Whole numbers too large for a float are not finite either.
         return _is_real(v) and abs(v) <= _MAX and (v > low if low_open else v >= low) and v <= high
 
@@ -36,7 +39,7 @@ def choice(*values: str) -> Check:
 
 def truth() -> Check:
     """Truth values."""
-    return lambda v: type(v) is bool, "True and False"
+    return lambda v: isinstance(v, bool | np.bool_), "True and False"
 
 
 def text() -> Check:
@@ -61,7 +64,7 @@ def increasing_epochs() -> Check:
     def holds(v):
         return (
             isinstance(v, tuple)
-            and all(type(e) is int and e >= 1 for e in v)
+            and all(is_whole(e) and e >= 1 for e in v)
             and all(a < b for a, b in itertools.pairwise(v))
         )
 
@@ -70,6 +73,8 @@ def increasing_epochs() -> Check:
 
 def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
     """Raises a ``ValueError`` that names the first attribute of ``owner`` that is not allowed.
+
+    NumPy's numbers among those that are become Python's, which JAX does not promote to their dtypes.
 
     Examples:
       >>> import types
@@ -82,6 +87,9 @@ def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
         value = getattr(owner, field)
         if not holds(value):
             raise ValueError(f"{type(owner).__name__}.{field}: got {value!r}, allowed are {allowed}")
+        plain = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+        if plain is not value:
+            object.__setattr__(owner, field, plain)  # it may be a frozen dataclass
 
 
 def check_choice(field: str, value: Any, allowed: Iterable[str]) -> None:
@@ -94,5 +102,19 @@ def check_choice(field: str, value: Any, allowed: Iterable[str]) -> None:
 _MAX = 1.7976931348623157e308
 
 
+def is_whole(v: Any) -> bool:
+    """Whether ``v`` is a whole number, Python's or NumPy's.
+
+    Examples:
+      >>> is_whole(3), is_whole(np.int64(3)), is_whole(3.0), is_whole(True)
+      (True, True, False, False)
+    """
+    return isinstance(v, int | np.integer) and not isinstance(v, bool)
+
+
 def _is_real(v: Any) -> bool:
-    return isinstance(v, int | float) and not isinstance(v, bool)
+    return is_whole(v) or isinstance(v, float | np.floating)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

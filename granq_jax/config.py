@@ -35,10 +35,13 @@ from granq_jax.quant.spec import (
     PLACEMENTS,
     WEIGHT_GRANULARITIES,
     WEIGHT_RANGES,
+    QuantSpec,
 )
-from granq_jax.trainer import OBJECTIVES, ON_NONFINITE
+from granq_jax.trainer import OBJECTIVES, ON_NONFINITE, STUDENT_OPTIMIZERS
 
 TRAIN_A_TEACHER = "train"
+SCHEDULES = ("steps", "cosine")
+ON_BREAKDOWN = ("stop", "go_on")
 _CONFIGS = resources.files("granq_jax.configs")
 
 
@@ -70,6 +73,7 @@ def default_config() -> ConfigDict:
     config.keep_best = True  # that of the best evaluation
     config.resume = True  # go on with a run that is there already; False refuses it
     config.on_nonfinite = "stop"  # or "skip": leave a step out whose losses or parameters are not finite
+    config.on_breakdown = "stop"  # or "go_on": what a run does when its student breaks down on held-out images
     config.log_every_steps = 20
     config.precision = "default"  # of products on GPUs: "float32" or "tf32", or as jax_default_matmul_precision says
 
@@ -81,10 +85,13 @@ def default_config() -> ConfigDict:
     config.quant.act_granularity = "sample_channel"
     config.quant.act_ranges = "dynamic"  # or "moving_average"
     config.quant.placement = "activation"
+    config.quant.overrides = ()  # such as (("^stem/conv$", (("act_bits", 8),)),)
     config.quant.impl = "auto"
 
-    config.student = ConfigDict()  # SGD
+    config.student = ConfigDict()
+    config.student.optimizer = "sgd"  # or "adam"
     config.student.lr = 1e-4
+    config.student.schedule = "steps"  # or "cosine": the rate falls to zero over the run
     config.student.momentum = 0.9
     config.student.weight_decay = 1e-4
     config.student.ema_decay = 0.0  # of a moving average of its parameters, which is then the result; 0 is none
@@ -97,8 +104,10 @@ def default_config() -> ConfigDict:
     config.decay_epochs = (100, 200, 300)  # both rates fall to a tenth at each, epochs from 0
 
     config.loss = ConfigDict()
+    config.loss.hinge = 1.0
     config.loss.alpha_ds = 0.2
     config.loss.alpha_as = 0.1
+    config.loss.alpha_label = 0.0
     config.loss.beta = 1.0
     config.loss.gamma = 1.0
     config.loss.lambda_lower = 0.1
@@ -172,15 +181,28 @@ def _from_json(path: Path) -> ConfigDict:
     for key, value in values.items():
         check_setting_exists(key)
         with config.ignore_type():  # the check before a run names what is wrong
-            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+            config.update_from_flattened_dict({key: _tuples(value)})
     config.lock()
     return config
+
+
+def _tuples(value: Any) -> Any:
+    """``value`` with tuples for lists, which JSON makes of them."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def config_names() -> list[str]:
     """The names of the configs that come with the package."""
     files = (entry.name for entry in _CONFIGS.iterdir())
     return sorted(file[:-3] for file in files if file.endswith(".py") and file[0] != "_")
+
+
+def _are_overrides(value: Any) -> bool:
+    try:
+        QuantSpec(overrides=value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, tuple)
 
 
 _LARGEST = 2**16  # of what arrays are made by: a slip of the hand shall not fill the memory
@@ -204,6 +226,7 @@ CHECKS: dict[str, Check] = {
     "keep_best": _truth(),
     "resume": _truth(),
     "on_nonfinite": _choice(*ON_NONFINITE),
+    "on_breakdown": _choice(*ON_BREAKDOWN),
     "log_every_steps": _whole(1),
     "precision": _choice(*PRECISIONS),
     "quant.weight_bits": _whole(MIN_BITS, MAX_BITS),
@@ -213,8 +236,11 @@ CHECKS: dict[str, Check] = {
     "quant.act_granularity": _choice(*ACT_GRANULARITIES),
     "quant.act_ranges": _choice(*ACT_RANGES),
     "quant.placement": _choice(*PLACEMENTS),
+    "quant.overrides": (_are_overrides, "tuples of pairs of a pattern and its (field, value) pairs"),
     "quant.impl": _choice(*IMPLEMENTATIONS),
+    "student.optimizer": _choice(*STUDENT_OPTIMIZERS),
     "student.lr": _real(0),
+    "student.schedule": _choice(*SCHEDULES),
     "student.momentum": _decay(),
     "student.weight_decay": _real(0),
     "student.ema_decay": _decay(),
@@ -222,8 +248,10 @@ CHECKS: dict[str, Check] = {
     "generator.betas": _betas(),
     "generator.conditional": _truth(),
     "decay_epochs": _increasing_epochs(),
+    "loss.hinge": _real(0),
     "loss.alpha_ds": _real(0),
     "loss.alpha_as": _real(0),
+    "loss.alpha_label": _real(0),
     "loss.beta": _real(0),
     "loss.gamma": _real(0),
     "loss.lambda_lower": _real(0, 1),
@@ -289,6 +317,11 @@ def check_config(config: ConfigDict) -> None:
                 "config.warmup_epochs: got 0 with config.quant.act_ranges 'moving_average', whose ranges are measured "
                 "in the warm-up; allowed are whole numbers from 1"
             )
+    if config.student.schedule == "cosine" and config.warmup_epochs >= config.epochs:
+        raise ValueError(
+            f"config.student.schedule: got 'cosine' with config.warmup_epochs {config.warmup_epochs} of config.epochs "
+            f"{config.epochs}, which leave the student no step; allowed is 'steps'"
+        )
     if config.warmup_epochs > config.epochs:
         raise ValueError(
             f"config.warmup_epochs: got {config.warmup_epochs}, "

@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
 from granq_jax.checks import check_choice
+from granq_jax.cifar import load_cifar, looked_for
 from granq_jax.splits import Dataset, EncodedSplit, MemorySplit, Split
 
 _IMAGENET = Dataset(1000, 224, 3, 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -27,6 +29,7 @@ DATASETS = {
     "digits": Dataset(10, 8, 1, 16, (0.30,), (0.38,)),
 }
 
+_CIFAR = ("cifar10", "cifar100")
 # ImageNet's test labels were never published: its validation images serve as test images.
 _TFDS_SPLITS = {"imagenet2012": {"train": "train", "test": "validation"}}
 _IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
@@ -38,10 +41,12 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     Args:
       name: of ``DATASETS``. An ``"image_folder"`` holds a folder for each class, whose order by name
         is that of the labels, below ``data_dir/train`` and ``data_dir/val``; test images may also
-        lie directly in ``data_dir/CLASS``.
+        lie directly in ``data_dir/CLASS``. Folders named 0, 1, ... are named by their labels.
       split: ``"train"`` or ``"test"``.
-      data_dir: where TFDS finds the data set, or prepares it; ``""`` is TFDS's own default. Of an
-        image folder: its path.
+      data_dir: where the data set is: of CIFAR, the directory that holds its published archive unpacked
+        (``cifar-10-batches-py``, ``cifar-10-batches-bin`` and their like) or ``cifar10.npz``, or such a
+        file, see :func:`granq_jax.cifar.load_cifar`; of an image folder, its path. Else it is where TFDS
+        finds the data set, or prepares it; ``""`` is TFDS's own default.
 
     Raises:
       ValueError: if the data set cannot be had. The message says what to do.
@@ -55,12 +60,13 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     check_choice("split", split, ("train", "test"))
     if name == "digits":
         return _load_digits(split)
-    if name == "image_folder":
-        try:
+    try:
+        if name == "image_folder":
             return _load_folder(split, data_dir)
-        except OSError as error:
-            raise ValueError(f"config.data_dir: {data_dir!r} cannot be read: {error}") from error
-    return _load_tfds(name, split, data_dir)
+        found = load_cifar(name, DATASETS[name], split, data_dir) if name in _CIFAR and data_dir else None
+    except OSError as error:
+        raise ValueError(f"config.data_dir: {data_dir!r} cannot be read: {error}") from error
+    return _load_tfds(name, split, data_dir) if found is None else found
 
 
 def _load_digits(split: str) -> MemorySplit:
@@ -86,22 +92,33 @@ def _load_folder(split: str, data_dir: str) -> EncodedSplit:
     root = Path(data_dir)
     if data_dir == "" or not os.path.isdir(root):
         raise ValueError(f"config.data_dir: got {data_dir!r}, allowed is a directory that holds an image folder")
-    if split == "train" or (root / "val").is_dir():
+    parts = [root / part for part in ("train", "val") if (root / part).is_dir()]
+    if split == "train" or root / "val" in parts:
         root = root / {"train": "train", "test": "val"}[split]
-    classes = [folder for folder in _visible(root) if folder.is_dir()] if root.is_dir() else []
-    if len(classes) != dataset.classes:
+    folders = _class_folders(root)
+    if len(folders) != dataset.classes:
         raise ValueError(
-            f"config.data_dir: {str(root)!r} holds {len(classes)} class folders, allowed are {dataset.classes}"
+            f"config.data_dir: {str(root)!r} holds {len(folders)} class folders, allowed are {dataset.classes}"
+            f"{_recognised(root)}"
         )
+    classes = _in_order(root, folders)
+    for other in parts:
+        names = {folder.name for folder in _class_folders(other)}
+        if different := sorted(names ^ classes.keys() if names else ()):
+            raise ValueError(
+                f"config.data_dir: the class folders of {str(other)!r} are not those of {str(root)!r}, so that a label "
+                f"would mean another class: only one of them holds {', '.join(different[:3])}"
+            )
     files = [
         (path, label)
-        for label, folder in enumerate(classes)
-        for path in _visible(folder)
+        for name, label in classes.items()
+        for path in _visible(root / name)
         if path.suffix.lower() in _IMAGE_SUFFIXES
     ]
     if not files:
         raise ValueError(
             f"config.data_dir: {str(root)!r} holds no image in CLASS/, allowed are {', '.join(sorted(_IMAGE_SUFFIXES))}"
+            f"{_recognised(root / next(iter(classes)))}"
         )
 
     def read(indices):
@@ -114,22 +131,87 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _load_tfds(name: str, split: str, data_dir: str) -> Split:
-    import tensorflow_datasets as tfds
+def _class_folders(root: Path) -> list[Path]:
+    return [folder for folder in _visible(root) if folder.is_dir()] if root.is_dir() else []
 
+
+def _in_order(root: Path, folders: list[Path]) -> dict[str, int]:
+    """The label of each class folder by its name, in the order of the labels.
+
+    Names are in the order of text, as in PyTorch's image folders; those that are the labels, as ImageNet-V2's are,
+    say themselves what they are. Any other names with numbers in them that text puts in another order are refused.
+    """
+    names = [folder.name for folder in folders]
+    if all(name.isdecimal() and name.isascii() for name in names):
+        if sorted(map(int, names)) != list(range(len(names))):
+            raise ValueError(
+                f"config.data_dir: the class folders of {str(root)!r} are named by numbers, which are labels if they "
+                f"go from 0 to {len(names) - 1}, but go from {min(map(int, names))} to {max(map(int, names))}: "
+                "the order of the classes is not known; name them by their labels"
+            )
+        return {name: int(name) for name in sorted(names, key=int)}
+    by_number = sorted(names, key=_parts)
+    if names != by_number:
+        place = next(place for place, name in enumerate(names) if name != by_number[place])
+        raise ValueError(
+            f"config.data_dir: the order of the class folders of {str(root)!r} is not clear: as text, "
+            f"{names[place]!r} comes before {by_number[place]!r}, by number after it; fill the numbers in the names up "
+            "with zeros, in the order of the labels"
+        )
+    return {name: label for label, name in enumerate(names)}
+
+
+def _parts(name: str) -> list[str | int]:
+    """Text and numbers in turn, so that the names of one folder can be compared.
+
+    Examples:
+      >>> _parts("class10b")
+      ['class', 10, 'b']
+    """
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _recognised(folder: Path) -> str:
+    """What a folder that is none of classes seems to be instead, and what to do; ``""`` if that is not known."""
+    if not folder.is_dir():
+        return ""
+    held = _visible(folder)
+    images = [path.name for path in held if path.suffix.lower() in _IMAGE_SUFFIXES]
+    archives = [path.name for path in held if path.name.endswith((".tar", ".tgz", ".tar.gz", ".zip"))]
+    kaggle = folder / "ILSVRC" / "Data" / "CLS-LOC"
+    if images:
+        flat = "ImageNet's validation images as their archive holds them" if images[0][:11] == "ILSVRC2012_" else "flat"
+        return f"; it holds {len(images)} images, {flat}: move each into the folder CLASS/ of its class"
+    if archives:
+        return f"; it holds {archives[0]}: unpack it, each class into the folder CLASS/"
+    if kaggle.is_dir():
+        return f"; it holds ImageNet as Kaggle has it: give {str(kaggle)!r}"
+    if names := [path.name for path in held]:
+        return f"; it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return ""
+
+
+def _load_tfds(name: str, split: str, data_dir: str) -> Split:
     place = data_dir or "TFDS's default directory"
+    archives = f"{' or '.join(looked_for(name))} of it, or " if name in _CIFAR else ""
     remedy = (
-        f"Give a directory that holds {name} prepared for TFDS as array_record with --config.data_dir=DIR, or where "
-        "there is a network let TFDS prepare it: pip install 'granq-jax[prepare]'"
+        f"Give a directory that holds {archives}{name} prepared for TFDS as array_record with --config.data_dir=DIR, "
+        "or where there is a network let TFDS prepare it: pip install 'granq-jax[prepare]'"
         + (", put ILSVRC2012_img_train.tar and _val.tar into DIR/downloads/manual" if name == "imagenet2012" else "")
         + " and run again"
         + (", or use --config.dataset=image_folder" if name == "imagenet2012" else "")
         + (", or train without evaluation: --config.eval=none" if split == "test" else "")
     )
     try:
+        prepares = importlib.util.find_spec("tensorflow") is not None
+        if data_dir and not prepares and not os.path.isdir(Path(data_dir) / name):
+            # TFDS, which may not even be installed, would find nothing there.
+            raise ValueError(f"it holds no {name}/ and nothing else that is looked for")
+        import tensorflow_datasets as tfds
+
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         if not builder.is_prepared():
-            if importlib.util.find_spec("tensorflow") is None:
+            if not prepares:
                 raise ValueError("it is not prepared there, and preparing it needs TensorFlow")
             builder.download_and_prepare()
         tfds_split = _TFDS_SPLITS.get(name, {}).get(split, split)

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from granq_jax import guard
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.checks import check_choice
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
 from granq_jax.devices import AXIS, cores, place, sample_index
+from granq_jax.models.registry import variants
 from granq_jax.platforms import multiplied_in, traced_for
 from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
@@ -68,7 +70,7 @@ def student_accuracy(trainer: Trainer, split: Split, batch_size: int, devices: S
 
 
 def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> dict[str, Any]:
-    """Evaluates a config's teacher, the newest student of a run, or both: ``--mode evaluate``.
+    """Evaluates a config's teacher, the student of a run, or both: ``--mode evaluate``.
 
     Writes ``workdir/evaluation.json``.
 
@@ -112,7 +114,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
         evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices, trainer.precision)
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":
-        step, state = newest_state(trainer, workdir)
+        step, state = state_of_run(trainer, workdir)
         student = state.result
         evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
         evaluation |= {
@@ -127,21 +129,25 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
     return evaluation
 
 
-def newest_state(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
-    """The step of a run's newest checkpoint that is whole, and the state in it.
+def state_of_run(trainer: Trainer, workdir: Path) -> tuple[int, TrainState]:
+    """The step and the state of the student that a run gives, or would give now: see :mod:`granq_jax.guard`.
 
     Raises:
       ValueError: if ``workdir`` holds none.
     """
     size, channels = trainer.generator.image_size, trainer.generator.channels
     images = jnp.zeros((1, size, size, channels), trainer.dtype)
-    like = trainer.state_shapes(jax.eval_shape(trainer.model.init, jax.random.key(0), images))
+    shapes = (jax.eval_shape(build.init, jax.random.key(0), images) for build in variants(trainer.model))
     if not os.path.isdir(workdir / "checkpoints"):
         raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+    likes = [trainer.state_shapes(variables) for variables in shapes]
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        saved = checkpoints.newest(like)
-    if saved is None:
-        raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+        saved = checkpoints.newest(*likes)
+        if saved is None:
+            raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+        chosen = guard.chosen(guard.scores_of(saved.notes))
+        if chosen is not None and chosen != saved.step:
+            saved = checkpoints.of_step(chosen, *likes)
     return saved.step, saved.state
 
 

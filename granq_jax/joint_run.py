@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import flax.core
+import flax.linen as nn
 import jax
 import numpy as np
 
+from granq_jax.compilation_cache import COMPILED_FAST
 from granq_jax.devices import place, sample_index, settle
 from granq_jax.memory import compile_to_repeat, without_collecting
 from granq_jax.progress import Progress
+from granq_jax.quant import quantize, shares_in_words
 from granq_jax.step import CHECKED, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
 
+_LOGGER = logging.getLogger(__name__)
+_IMAGES_LOOKED_AT = 16
 _WORDS = {name: f"the loss term {name} is" for name in CHECKED} | {
     name: f"a parameter of the {name} is" for name in ("generator", "student")
 }
@@ -50,7 +56,8 @@ class JointRun:
         self.trainer = trainer
         self.devices = devices
         self._index = place(sample_index(trainer.batch_size, devices), devices, split=True)
-        self._teacher = place(flax.core.unfreeze(dict(teacher)), devices)
+        teacher = nn.meta.unbox(flax.core.unfreeze(dict(teacher)))
+        self._teacher = place(teacher, devices)
         self._phases: dict[bool, jax.stages.Compiled] = {}
         self.state: TrainState = place(trainer.init(teacher) if state is None else state, devices)
         self.step = int(self.state.step)
@@ -100,7 +107,8 @@ def zero_shot_quantize(
     """Quantizes any Flax classifier without data and returns the student's variables.
 
     They have the structure of the teacher's, but for activation ranges that are kept, and are used with
-    ``quantize(trainer.model, trainer.spec).apply``.
+    ``quantize(trainer.model, trainer.spec).apply``. Parameters are float32 at least: in a narrower dtype they
+    could not have moved.
 
     Args:
       trainer: model, generator, and how to quantize and train.
@@ -110,14 +118,20 @@ def zero_shot_quantize(
 
     Raises:
       ValueError: if the batch does not divide evenly over the devices, or no epoch is left after
-        the warm-up, or if generator, model and teacher do not fit together.
+        the warm-up, or if generator, model and teacher do not fit together, or if what the model returns are
+        not logits.
       NonFiniteError: for a step with a loss or parameter that is not finite, unless
         ``trainer.on_nonfinite`` is ``"skip"``.
     """
     o = trainer.optimizers
     if type(epochs) is not int or epochs <= o.warmup_epochs:
         raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
-    _check_fit(trainer, teacher)
+    if o.cosine_epochs not in (0, epochs):
+        raise ValueError(
+            f"epochs: got {epochs}, allowed is OptimizerSettings.cosine_epochs, {o.cosine_epochs}, "
+            "at whose end the student's rate is zero"
+        )
+    _check_fit(trainer, nn.meta.unbox(teacher))
     run = JointRun(trainer, teacher, devices or jax.devices())
     total = epochs * o.steps_per_epoch
     with Progress(total) as progress:
@@ -126,7 +140,13 @@ def zero_shot_quantize(
             progress.update(step + 1)
             if run.step % o.steps_per_epoch == 0:
                 run.check()
-    return jax.device_get(run.state.result)
+    return _boxed_as(teacher, jax.device_get(run.state.result))
+
+
+def _boxed_as(teacher: Variables, student: Variables) -> Variables:
+    """``student`` with what ``teacher`` has in boxes (``flax.linen.Partitioned``) in such, too."""
+    boxed = {name: nn.meta.replace_boxed(flax.core.unfreeze(teacher[name]), student[name]) for name in teacher}
+    return {**student, **boxed}
 
 
 def _check_fit(trainer: Trainer, teacher: Variables) -> None:
@@ -137,15 +157,39 @@ def _check_fit(trainer: Trainer, teacher: Variables) -> None:
         if not np.isfinite(np.asarray(leaf)).all():
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"teacher: {where} holds NaN or infinity, allowed are finite numbers")
-    generator, model = trainer.generator, trainer.model
-    images = jax.ShapeDtypeStruct((2, generator.image_size, generator.image_size, generator.channels), trainer.dtype)
+    generator, model, mode = trainer.generator, trainer.model, evaluation_mode(trainer.model)
+    shape = generator.image_size, generator.image_size, generator.channels
+    images = jax.ShapeDtypeStruct((2, *shape), trainer.dtype)
     try:
-        logits = jax.eval_shape(lambda v, x: model.apply(v, x, **evaluation_mode(model)), dict(teacher), images)
+        logits = jax.eval_shape(lambda v, x: model.apply(v, x, **mode), dict(teacher), images)
     except Exception as error:  # whatever Flax and the model itself say
         reason = " ".join(str(error).split())
         raise ValueError(f"teacher: the model cannot take it, or images of shape {images.shape}: {reason}") from error
-    if getattr(logits, "shape", None) != (2, generator.classes):
+    if not hasattr(logits, "shape"):
+        raise ValueError(
+            f"Trainer.model: {type(model).__name__} returns a {type(logits).__name__}, allowed is one array of logits "
+            "(N, C); wrap it in a module whose call returns the logits alone"
+        )
+    if logits.shape != (2, generator.classes):
         raise ValueError(
             f"Generator.classes: got {generator.classes}, but the model's logits of two images have the shape "
-            f"{getattr(logits, 'shape', None)}"
+            f"{logits.shape}"
+        )
+    _check_logits(trainer, teacher, shape)
+    _LOGGER.info(shares_in_words(quantize(model, trainer.spec).sites(dict(teacher), images, **mode)))
+
+
+def _check_logits(trainer: Trainer, teacher: Variables, shape: tuple[int, int, int]) -> None:
+    """Raises a ``ValueError`` if what the model returns are probabilities."""
+    mode = evaluation_mode(trainer.model)
+    images = np.random.default_rng(0).standard_normal((_IMAGES_LOOKED_AT, *shape)).astype(trainer.dtype)
+    apply = jax.jit(lambda v, x: trainer.model.apply(v, x, **mode), compiler_options=COMPILED_FAST)
+    outputs = np.asarray(apply(dict(teacher), images), np.float64)
+    add_up_to_1 = (outputs >= 0).all() and np.allclose(outputs.sum(-1), 1, atol=0.02)
+    if add_up_to_1 or ((outputs > 0) & (outputs < 1)).all():
+        function = "softmax" if add_up_to_1 else "sigmoid"
+        raise ValueError(
+            f"Trainer.model: {type(trainer.model).__name__} returns probabilities, from 0 to 1, allowed are logits, as "
+            f"they are before the {function}: leave that out of the model, or wrap it in a module that returns the log "
+            "of the probabilities"
         )

@@ -1,9 +1,10 @@
 """The losses of generator and student, one pure function each.
 
 ``teacher`` and ``student`` are logits (N, C), ``labels`` integers (N,), t and s stand for the
-logits of one sample. H is the entropy in nats. The discrepancy, agreement, balance and distillation
-terms are those of AdaDFQ (Qian et al., CVPR 2023), which GranQ trains with; the batch-norm
-statistics loss and the label distillation are those of GDFQ (Xu et al., ECCV 2020).
+logits of one sample. H is the entropy in nats. All is computed in float32 at least, whatever a model
+computes in. The discrepancy, agreement, balance and distillation terms are those of AdaDFQ (Qian et
+al., CVPR 2023), which GranQ trains with; the batch-norm statistics loss and the label distillation
+are those of GDFQ (Xu et al., ECCV 2020).
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ import optax
 _MIN_ENTROPY_SPAN = 1e-6
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """``x`` in float32 at least: where bfloat16 has left, what a loss compares is a few units of the last place.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> wide(jnp.ones(1, jnp.bfloat16)).dtype, wide(jnp.ones(1, jnp.float32)).dtype
+      (dtype('float32'), dtype('float32'))
+    """
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     """H(softmax(logits / temperature)) of every row: (N, C) to (N,).
 
@@ -28,23 +41,23 @@ def entropy(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
       >>> round(float(entropy(jnp.zeros((1, 4)))[0]), 4)  # log 4
       1.3863
     """
-    log_p = jax.nn.log_softmax(logits / temperature)
+    log_p = jax.nn.log_softmax(wide(logits) / temperature)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 def label_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy of logits (N, C) and labels (N,), a scalar."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(wide(logits), labels))
 
 
 def discrepancy(teacher: jax.Array, student: jax.Array, labels: jax.Array) -> jax.Array:
     """``ds``: mean cross-entropy of t - s and the label, a scalar; small where only the teacher knows it."""
-    return label_cross_entropy(teacher - student, labels)
+    return label_cross_entropy(wide(teacher) - wide(student), labels)
 
 
 def agreement(teacher: jax.Array, student: jax.Array, labels: jax.Array) -> jax.Array:
     """``as``: mean cross-entropy of t + s and the label, a scalar; small where both know it."""
-    return label_cross_entropy(teacher + student, labels)
+    return label_cross_entropy(wide(teacher) + wide(student), labels)
 
 
 def balance_hinge(
@@ -63,11 +76,14 @@ def balance_hinge(
       axis_name: mapped axis that splits the batch; min h is then taken over all of it. (Gathered
         and reduced, since the gradient flows through the minimum and ``lax.pmin`` has none.)
     """
-    h = entropy(teacher - student)
-    everyone = h if axis_name is None else jax.lax.all_gather(h, axis_name)
-    least = jnp.min(everyone)
+    h = entropy(wide(teacher) - wide(student))
+    everyone = h if axis_name is None else jax.lax.all_gather(h, axis_name, tiled=True)
+    # By its place: the gradient of jnp.min looks for equal values, and where a compiler computes h once more with
+    # another rounding, as XLA does on GPUs, it finds none and divides by zero.
+    least = everyone[jnp.argmin(everyone)]
     greatest = jnp.log(jnp.asarray(teacher.shape[-1], h.dtype))
-    normalised = (h - least) / jnp.maximum(greatest - least, _MIN_ENTROPY_SPAN)
+    span = greatest - least
+    normalised = (h - least) / jnp.where(span > _MIN_ENTROPY_SPAN, span, _MIN_ENTROPY_SPAN)
     return jnp.mean(jax.nn.relu(lower - normalised)) + jnp.mean(jax.nn.relu(normalised - upper))
 
 
@@ -83,7 +99,7 @@ def batch_norm_statistics(
       running: the running mean and variance (C,) of each, in the same order.
     """
     squares = [
-        jnp.square(mean - running_mean) + jnp.square(var - running_var)
+        jnp.square(wide(mean) - wide(running_mean)) + jnp.square(wide(var) - wide(running_var))
         for (mean, var), (running_mean, running_var) in zip(moments, running, strict=True)
     ]
     # One sum over all batch norms: a mean of each would be several small operations to compile and to start.
@@ -93,7 +109,7 @@ def batch_norm_statistics(
 
 def distillation(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:
     """L_S = -T^2 mean H(softmax((t - s) / T)), a scalar; least where t - s is the same for all classes."""
-    return -(temperature**2) * jnp.mean(entropy(teacher - student, temperature))
+    return -(temperature**2) * jnp.mean(entropy(wide(teacher) - wide(student), temperature))
 
 
 def label_distillation(teacher: jax.Array, student: jax.Array, labels: jax.Array, temperature: float) -> jax.Array:
@@ -102,7 +118,7 @@ def label_distillation(teacher: jax.Array, student: jax.Array, labels: jax.Array
     The first mean is over samples and classes alike, as the released code of GDFQ has it, so that its weight is a
     C-th of what is usual.
     """
-    log_t, log_s = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
+    log_t, log_s = (jax.nn.log_softmax(wide(logits) / temperature) for logits in (teacher, student))
     divergence = jnp.mean(jnp.exp(log_t) * (log_t - log_s))
     return temperature**2 * divergence + label_cross_entropy(student, labels)
 
@@ -125,9 +141,10 @@ def attention_distillation(
     """
 
     def attentions(x):
-        energy = jnp.square(x)
+        energy = jnp.square(wide(x))
         spatial = jnp.mean(energy, axis=-1).reshape(x.shape[0], -1)
-        norm = jnp.maximum(jnp.linalg.norm(spatial, axis=-1, keepdims=True), 1e-12)
+        # The bound lies under the root, which has no gradient at 0: a map may be all zeros.
+        norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(spatial), axis=-1, keepdims=True), 1e-24))
         return jax.nn.softmax(jnp.mean(energy, axis=(1, 2))), spatial / norm
 
     def divergence(teacher, student):

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from granq_jax.processes import is_first
 from granq_jax.progress import Progress
@@ -64,11 +61,9 @@ class MetricsLog:
         if len(there) < size:
             _LOGGER.warning("%r has lost lines: it is shorter than it was at step %d", str(path), step)
         self._file.truncate(there[:size].rfind(b"\n") + 1)
-        # A file for each start; TensorBoard forgets what earlier ones hold from the first event's step on.
-        (workdir / EVENTS).mkdir(exist_ok=True)
-        # Written by this thread: tensorboardX's own would die of a full disk, and its queue then hold up the run.
-        self._events = EventsWriter(str(workdir / EVENTS / "events"), filename_suffix=f".after{step}")
-        self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
+        from granq_jax.events import Events  # here: what it imports takes seconds where PyTorch is installed
+
+        self._events = Events(workdir / EVENTS, step)
 
     @property
     def seconds(self) -> float:
@@ -100,6 +95,12 @@ class MetricsLog:
         self.accuracy(step, student_top1=student_top1)
         self.say(f"after epoch {epoch}: student top-1 {student_top1:.2f} %")
 
+    def guard(self, step: int, epoch: int, error: float, agreement: float) -> None:
+        """Logs what the guard sees: the relative error, and the agreement in percent, on held-out images."""
+        self._write({"step": step, "epoch": epoch, "guard_error": error, "guard_agreement": agreement})
+        self._scalar("guard/error", error, step)
+        self._scalar("guard/agreement", agreement, step)
+
     def accuracy(self, step: int, **top1: float) -> None:
         """Tells TensorBoard of accuracies in percent; that of the student is shown from now on."""
         for name, value in top1.items():
@@ -110,24 +111,12 @@ class MetricsLog:
     def images(self, step: int, grid: np.ndarray) -> None:
         """Shows TensorBoard generated images, (H, W, C) uint8."""
         if self._events is not None:
-            self._write_event(step, summary=summary.image("generated", grid, dataformats="HWC"))
+            self._events.image("generated", grid, step)
 
     def codes(self, step: int, name: str, counts: np.ndarray) -> None:
         """Shows TensorBoard how often each code was used: a histogram over the codes 0, 1, ..."""
-        if self._events is None:
-            return
-        levels = np.arange(len(counts))
-        histogram = summary.histogram_raw(
-            f"codes/{name}",
-            min=0,
-            max=len(counts) - 1,
-            num=int(counts.sum()),
-            sum=float(counts @ levels),
-            sum_squares=float(counts @ levels**2),
-            bucket_limits=(levels + 0.5).tolist(),
-            bucket_counts=counts.tolist(),
-        )
-        self._write_event(step, summary=histogram)
+        if self._events is not None:
+            self._events.histogram(f"codes/{name}", counts, step)
 
     def say(self, line: str) -> None:
         """Prints a line to stderr; stdout is left to results."""
@@ -148,11 +137,7 @@ class MetricsLog:
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         if self._events is not None and math.isfinite(value):
-            self._write_event(step, summary=summary.scalar(name, value))
-
-    def _write_event(self, step: int, **what: Any) -> None:
-        assert self._events is not None
-        self._events.write_event(Event(step=step, wall_time=time.time(), **what))
+            self._events.scalar(name, value, step)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:

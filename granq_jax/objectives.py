@@ -30,29 +30,47 @@ def generator_loss(
       moments: of the teacher's batch norms, as :func:`granq_jax.step.apply_with_moments` returns them.
       student: logits (N, C).
       labels: (N,).
-      running: the teacher's ``batch_stats``.
+      running: the teacher's ``batch_stats``; or, of the structure of ``moments``, those of each call.
       axis_name: mapped axis that splits the batch.
 
     Raises:
       ValueError: if BNS has a weight but the teacher no batch norm.
     """
     if settings.objective == "gdfq":
-        hinge = jnp.zeros((), teacher.dtype)
+        hinge = jnp.zeros((), losses.wide(teacher).dtype)
         onehot = losses.label_cross_entropy(teacher, labels)
     else:
-        hinge = losses.balance_hinge(teacher, student, settings.lambda_lower, settings.lambda_upper, axis_name)
-        onehot = settings.alpha_ds * losses.discrepancy(teacher, student, labels)
-        onehot = onehot + settings.alpha_as * losses.agreement(teacher, student, labels)
+        # A term without a weight is left out: times 0 it would still be computed.
+        hinge = onehot = jnp.zeros((), losses.wide(teacher).dtype)
+        if settings.hinge:
+            hinge = losses.balance_hinge(teacher, student, settings.lambda_lower, settings.lambda_upper, axis_name)
+        if settings.alpha_ds:
+            onehot = onehot + settings.alpha_ds * losses.discrepancy(teacher, student, labels)
+        if settings.alpha_as:
+            onehot = onehot + settings.alpha_as * losses.agreement(teacher, student, labels)
+        if settings.alpha_label:
+            onehot = onehot + settings.alpha_label * losses.label_cross_entropy(teacher, labels)
     flat_moments, flat_running = (flax.traverse_util.flatten_dict(tree) for tree in (moments, running))
+
+    def of_calls(statistics, count):
+        return statistics if isinstance(statistics, tuple) else (statistics,) * count
+
     calls = [
-        (pair, (flat_running[*path, "mean"], flat_running[*path, "var"]))
+        pairs
         for *path, leaf in flat_moments
         if leaf == "mean"
-        for pair in zip(flat_moments[*path, "mean"], flat_moments[*path, "var"], strict=True)
+        for pairs in zip(
+            zip(flat_moments[*path, "mean"], flat_moments[*path, "var"], strict=True),
+            zip(
+                *(of_calls(flat_running[*path, name], len(flat_moments[*path, name])) for name in ("mean", "var")),
+                strict=True,
+            ),
+            strict=True,
+        )
     ]
     if settings.gamma and not calls:
         raise ValueError(
-            f"LossSettings.gamma: got {settings.gamma}, allowed is 0 only: the teacher has no flax.linen.BatchNorm, "
+            f"LossSettings.gamma: got {settings.gamma}, allowed is 0 only: no batch norm was called in the teacher, "
             "whose statistics the term compares"
         )
     bns = losses.batch_norm_statistics(*zip(*calls, strict=True)) if calls else jnp.zeros((), hinge.dtype)

@@ -28,6 +28,11 @@ def traced_for(devices: Sequence[jax.Device]) -> AbstractContextManager[None]:
     return _on_cpus_only(all(device.platform == "cpu" for device in devices))
 
 
+def on_cpus_only() -> bool:
+    """Whether :func:`traced_for` says so."""
+    return _on_cpus_only.value
+
+
 def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
     """One of several functions of ``operands`` that return the same, chosen when the program is lowered.
 
@@ -40,7 +45,7 @@ def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
       >>> by_platform(jax.numpy.ones(2), cpu=lambda x: x + x, default=lambda x: 2 * x).tolist()
       [2.0, 2.0]
     """
-    if _on_cpus_only.value:
+    if on_cpus_only():
         return forms.get("cpu", default)(*operands)
     return jax.lax.platform_dependent(*operands, default=default, **forms)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import flax.linen as nn
 import flax.struct
@@ -15,10 +16,11 @@ import optax
 
 from granq_jax.checks import check_fields, real, truth, whole
 from granq_jax.devices import AXIS, mean_over_devices, place, sample_index, settle
+from granq_jax.losses import wide
 from granq_jax.progress import Progress
 from granq_jax.splits import Batch, Split, ahead
 from granq_jax.stopping import RunError
-from granq_jax.trainer import Variables
+from granq_jax.trainer import Variables, evaluation_mode, random_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ def pretrain(
     means over the devices.
 
     Args:
-      model: called with ``train=True`` to train.
+      model: called with ``train=True`` to train, or what its call names it.
       split: training images.
       settings: how to train.
       devices: to spread a batch over; by default all, those of other processes included.
@@ -121,23 +123,24 @@ def pretrain(
         optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
 
+    mode = {name: not value for name, value in evaluation_mode(model).items()}
+
     def train_step(variables, opt_state, images, labels):
         def loss_of(params):
-            logits, updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            logits, updates = model.apply({**variables, "params": params}, images, **mode, mutable=["batch_stats"])
             targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), settings.label_smoothing)
-            return jnp.mean(optax.softmax_cross_entropy(logits, targets)), updates
+            return jnp.mean(optax.softmax_cross_entropy(wide(logits), targets)), updates
 
         (loss, updates), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
         loss, updates, gradients = mean_over_devices((loss, updates, gradients), AXIS)
         changes, opt_state = optimizer.update(gradients, opt_state, variables["params"])
-        return {**updates, "params": optax.apply_updates(variables["params"], changes)}, opt_state, loss
+        return {**variables, **updates, "params": optax.apply_updates(variables["params"], changes)}, opt_state, loss
 
     mapped = jax.pmap(
         train_step, AXIS, in_axes=(None, None, 0, 0), out_axes=None, donate_argnums=(0, 1), devices=devices
     )
-    variables = jax.jit(model.init)(
-        jax.random.key(settings.seed), split.dataset.normalise(split.examples(np.array([0]))[0])
-    )
+    images = split.dataset.normalise(split.examples(np.array([0]))[0])
+    variables = nn.meta.unbox(jax.jit(partial(model.init, **evaluation_mode(model)))(random_key(settings.seed), images))
     state = place(restore(_state(0, variables, optimizer.init(variables["params"]))), devices)
     done = int(state.epoch)
     shown: dict[str, str] = {}

@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import sys
 import tempfile
 from importlib import metadata
@@ -105,7 +104,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
 
 
-def peak_rss_mb() -> float:
-    """The most memory this process has held, in MB."""
+def peak_rss_mb() -> float | None:
+    """The most memory this process has held, in MB; ``None`` on Windows, which has no such record."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

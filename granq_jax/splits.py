@@ -23,6 +23,7 @@ ALL = slice(None)
 # Resized so that the centre crop keeps 87.5 % of the shorter side: 256 for 224 pixels, as in the
 # evaluation of the public ImageNet checkpoints.
 _CROP_SHARE = 0.875
+_LARGEST_GREY = 65535  # of 16 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class EncodedSplit:
             try:
                 image = PIL.Image.open(io.BytesIO(data))
                 image.info.pop("transparency", None)  # dropped by convert, which would warn of it
-                return np.asarray(crop(image.convert("RGB"), size))
+                return np.asarray(crop(_in_colour(image), size))
             except Exception as error:  # Pillow's decoders have errors of many kinds
                 raise RunError(f"config.data_dir: {self.name(index)} cannot be decoded: {error}") from error
 
@@ -197,6 +198,18 @@ def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
         while item := waiting.pop(0).result():
             waiting.append(thread.submit(lambda: list(islice(source, 1))))
             yield item[0]
+
+
+def _in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
+    """``image`` in RGB of 8 bits; grey of 16 bits, which Pillow would cut off at 255, is scaled."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > _LARGEST_GREY:
+            raise ValueError(f"its grey goes from {grey.min()} to {grey.max()}, allowed are 0 to {_LARGEST_GREY}")
+        image = PIL.Image.fromarray(np.round(grey / (_LARGEST_GREY / 255)).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are real numbers, of which white is not known")
+    return image.convert("RGB")
 
 
 def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:

@@ -1,6 +1,7 @@
 """The joint step: one update of generator and student, pure, and its mapped form.
 
-Data flow of a step (in order, each computed once)::
+Data flow of a step (in order, each computed once; the way from L_G back through the student only where L_G depends
+on it)::
 
     z, labels --generator--> images --teacher--> t, moments of its batch norms' inputs
                                     --student--> s
@@ -13,7 +14,8 @@ made before; so both losses share one forward pass, and their gradients are two 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +26,12 @@ import jax.numpy as jnp
 import optax
 
 from granq_jax.devices import AXIS, SMALL, mean_over_devices
+from granq_jax.losses import wide
 from granq_jax.models.layers import batch_moments, moments_of_all
 from granq_jax.objectives import feature_maps, generator_loss, student_loss
 from granq_jax.platforms import multiplied_in, traced_for
 from granq_jax.quant import RANGES, QuantizedModel, in_full_precision, quantize
-from granq_jax.trainer import AVERAGE, Trainer, TrainState, Variables, evaluation_mode
+from granq_jax.trainer import AVERAGE, Trainer, TrainState, Variables, evaluation_mode, random_key
 
 # Loss terms, and the networks whose parameters, must be finite after a step; causes before effects.
 CHECKED = ("hinge", "onehot", "bns", "loss_g", "loss_s", "generator", "student")
@@ -40,7 +43,7 @@ def sample_noise(trainer: Trainer, step: jax.Array, index: jax.Array) -> tuple[j
     They depend on (seed, step, index) only, so that any division of a batch over devices trains on
     the same samples.
     """
-    key = jax.random.fold_in(jax.random.key(trainer.seed), step)
+    key = jax.random.fold_in(random_key(trainer.seed), step)
 
     def one(index):
         noise_key, label_key = jax.random.split(jax.random.fold_in(key, index))
@@ -57,27 +60,77 @@ def apply_with_moments(
 
     Returns:
       Logits (N, C) and a tree with ``{"mean": (C,), "var": (C,)}`` (biased variance, over all
-      devices) at the path of every ``nn.BatchNorm`` called, each wrapped in a tuple of calls;
+      devices) at the path of every batch norm called, each wrapped in a tuple of calls;
       and the activations.
     """
+    logits, moments, _, activations = _apply_with_statistics(model, variables, images, axis_name)
+    return (logits, moments), activations
 
-    def observe(next_call, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            x = args[0] if args else kwargs["x"]
-            if context.module.axis not in (-1, x.ndim - 1):
-                raise ValueError(
-                    f"BatchNorm.axis: got {context.module.axis} at {'/'.join(context.module.path)}, allowed is -1"
-                )
-            for name, moment in zip(("mean", "var"), batch_moments(x), strict=True):
-                context.module.sow("moments", name, moment)
-        return next_call(*args, **kwargs)
 
-    with nn.intercept_methods(observe):
-        (logits, collections), activations = model.apply_with_activations(
-            variables, images, **evaluation_mode(model.model), mutable=["moments"]
+def _apply_with_statistics(model, variables, images, axis_name):
+    """Logits, moments, the running statistics that belong to them (of the same structure), and activations."""
+    logits, norms, activations = model.apply_and_watch(
+        _batch_norm_statistics, variables, images, **evaluation_mode(model.model)
+    )
+
+    def of_norms(mean, var):
+        calls: dict[tuple[str, ...], tuple[jax.Array, ...]] = collections.defaultdict(tuple)
+        for norm in norms:
+            for name, array in (("mean", norm.arrays[mean]), ("var", norm.arrays[var])):
+                calls[*filter(None, norm.path.split("/")), name] += (array,)
+        return flax.traverse_util.unflatten_dict(calls)
+
+    moments, running = of_norms("mean", "var"), of_norms("running_mean", "running_var")
+    return logits, moments if axis_name is None else _of_all_devices(moments, axis_name), running, activations
+
+
+def _batch_norm_statistics(module: nn.Module, x: jax.Array) -> dict[str, jax.Array] | None:
+    """Moments of the input of a module that is a batch norm, and the running ones; else ``None``.
+
+    A batch norm is what has a mean and a variance for each channel in ``batch_stats``, and no weight or
+    module in it, whatever its class: many projects have a copy of Flax's.
+    """
+    variables = module.variables
+    own = variables.get("batch_stats", {})
+    names = statistics_names(own)
+    if names is None:
+        return None
+    mean, var = (own[name] for name in names)
+    axis = getattr(module, "axis", -1)
+    if axis not in (-1, x.ndim - 1):
+        raise ValueError(f"BatchNorm.axis: got {axis} at {'/'.join(module.path)}, allowed is -1")
+    has_parts = any(isinstance(part, Mapping) or part.ndim > 1 for part in variables.get("params", {}).values())
+    if has_parts or mean.shape != x.shape[-1:]:
+        return None
+    moments = dict(zip(("mean", "var"), batch_moments(wide(x)), strict=True))
+    return {**moments, "running_mean": mean, "running_var": var}
+
+
+def statistics_names(collection: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The names of a mean and a variance among a module's own statistics, if there is one of each.
+
+    Examples:
+      >>> statistics_names({"running_var": jnp.ones(2), "running_mean": jnp.ones(2), "u": jnp.ones(2)})
+      ('running_mean', 'running_var')
+    """
+    own = [name for name, value in collection.items() if not isinstance(value, Mapping)]
+    means, variances = ([name for name in own if part in name.lower()] for part in ("mean", "var"))
+    return (means[0], variances[0]) if len(means) == len(variances) == 1 else None
+
+
+def _check_all_seen(trainer: Trainer, batch_stats: Variables, moments: Variables) -> None:
+    """Raises a ``ValueError`` if there are statistics that the generator would not be guided by."""
+    seen = {path[:-1] for path in flax.traverse_util.flatten_dict(moments)}
+    unseen = dict.fromkeys(
+        "/".join(path[:-1])
+        for path in flax.traverse_util.flatten_dict(batch_stats)
+        if any(part in path[-1].lower() for part in ("mean", "var")) and path[:-1] not in seen
+    )
+    if trainer.losses.gamma and unseen:
+        raise ValueError(
+            f"LossSettings.gamma: got {trainer.losses.gamma}, but of the teacher's batch norms these were not seen: "
+            f"{', '.join(unseen)}; allowed is 0, or a model in which each is a module of its own, called on (N, ..., C)"
         )
-    moments = collections.get("moments", {})
-    return (logits, moments if axis_name is None else _of_all_devices(moments, axis_name)), activations
 
 
 def _of_all_devices(moments: Variables, axis_name: str) -> Variables:
@@ -133,8 +186,8 @@ def update(
         return feature_maps(activations) if trainer.losses.attention else ()
 
     def run_teacher(images):
-        outputs, activations = apply_with_moments(in_full, teacher, images, axis_name)
-        return outputs, maps_of(activations)
+        logits, moments, running, activations = _apply_with_statistics(in_full, teacher, images, axis_name)
+        return (_checked_logits(trainer, logits), moments), (maps_of(activations), running)
 
     def run_student(params, images):
         variables = {**state.student, "params": params}
@@ -142,23 +195,30 @@ def update(
             variables, images, **evaluation_mode(trainer.model), mutable=moving
         )
         logits, ranges = outputs if moving else (outputs, {})
-        return (logits, maps_of(activations)), ranges
+        return (_checked_logits(trainer, logits), maps_of(activations)), ranges
 
     images, pull_generator, generator_stats = jax.vjp(make_images, state.generator["params"], has_aux=True)
-    (t, moments), pull_teacher, teacher_maps = jax.vjp(run_teacher, images, has_aux=True)
-    (s, maps), pull_student, ranges = jax.vjp(run_student, state.student["params"], images, has_aux=True)
+    (t, moments), pull_teacher, (teacher_maps, running) = jax.vjp(run_teacher, images, has_aux=True)
+    # The way back through the student to the images is the generator's; where it does not look, that is not computed.
+    watched = trainer.losses.watches_student
+    to_learn = (state.student["params"], images) if watched else (state.student["params"],)
+    (s, maps), pull_student, ranges = jax.vjp(
+        lambda params, images=images: run_student(params, images), *to_learn, has_aux=True
+    )
     if t.shape != (len(labels), generator.classes):
         raise ValueError(
             f"Generator.classes: got {generator.classes}, but {type(trainer.model).__name__} turns a batch of "
             f"{len(labels)} images into an array of shape {t.shape}; allowed is its number of classes"
         )
 
-    loss_g = partial(generator_loss, trainer.losses, labels=labels, running=teacher.get("batch_stats", {}))
+    _check_all_seen(trainer, teacher.get("batch_stats", {}), moments)
+    loss_g = partial(generator_loss, trainer.losses, labels=labels, running=running)
     (value_g, terms), (to_t, to_moments, to_s) = jax.value_and_grad(
         lambda t, moments, s: loss_g(t, moments, s, axis_name=axis_name), argnums=(0, 1, 2), has_aux=True
     )(t, moments, s)
     (to_images,) = pull_teacher((to_t, to_moments))
-    to_images = to_images + pull_student((to_s, jax.tree.map(jnp.zeros_like, maps)))[1]
+    if watched:
+        to_images = to_images + pull_student((to_s, jax.tree.map(jnp.zeros_like, maps)))[1]
     (generator_grads,) = pull_generator(to_images)
 
     value_s, to_student = jax.value_and_grad(
@@ -197,6 +257,16 @@ def update(
     rates = {"lr_g": trainer.generator_schedule(state.step), "lr_s": trainer.student_schedule(state.step)}
     rates = {name: jnp.asarray(rate, t.dtype) for name, rate in rates.items()}
     return state_after, {**metrics, **rates, "nonfinite": nonfinite}
+
+
+def _checked_logits(trainer: Trainer, logits: Any) -> jax.Array:
+    """Logits as the losses take them: an array, in float32 at least."""
+    if not hasattr(logits, "shape"):
+        raise ValueError(
+            f"Trainer.model: {type(trainer.model).__name__} returns a {type(logits).__name__}, allowed is one array of "
+            "logits (N, C); wrap it in a module whose call returns the logits alone"
+        )
+    return wide(logits)
 
 
 def step(

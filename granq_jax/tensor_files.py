@@ -1,9 +1,10 @@
 """Tensors by name from files that may come from anyone.
 
 A file only says what it holds until a tensor is asked for: names, shapes and dtypes are looked at
-first, so that what does not fit costs no memory. Nothing in a file is ever run. PyTorch's own
-files are read here as well, without PyTorch: what they need of pickle is a few opcodes and four
-functions. (PyTorch's reader takes whatever memory a file asks for, ``weights_only`` or not.)
+first, so that what does not fit costs no memory. Nothing in a file is ever run. What kind a file is
+of is seen from its content, whatever its name. PyTorch's own files are read here as well, without
+PyTorch: what they need of pickle is a few opcodes and four functions, see :mod:`granq_jax.pickles`.
+(PyTorch's reader takes whatever memory a file asks for, ``weights_only`` or not.)
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import functools
 import io
 import math
 import os
-import pickletools
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,11 +25,13 @@ import numpy as np
 import safetensors
 
 from granq_jax.archives import open_zip
+from granq_jax.pickles import NUMPY, unpickle
 
-_MAX_HEADER_BYTES = 1 << 18  # names, shapes and places of all tensors; ResNet-50's take 60 kB
+# Names, shapes and places of all tensors, and what else a training script keeps. ResNet-50's take 60 kB.
+MAX_HEADER_BYTES = 1 << 22
 _MAX_DIMENSIONS = 32
-_MAX_ARGUMENTS = 8
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of PyTorch before 1.6
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # of PyTorch before 1.6
+_MAGIC_WITHIN = 32  # bytes: after the pickle's protocol, and perhaps a frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +49,24 @@ class StoredTensor:
     read: Callable[[], np.ndarray]
 
 
-@contextlib.contextmanager
-def _npz(path: Path) -> Iterator[dict[str, StoredTensor]]:
-    with open_zip(path) as archive:
-        yield {info.filename.removesuffix(".npy"): _npy(archive, info) for info in archive.infolist()}
+def joined(keys: Iterable[str]) -> str:
+    """One name for the keys on the way to an array in a tree; :func:`split_name` gives them back.
+
+    Examples:
+      >>> joined(("params", "Dense_0/kernel", "scale"))
+      'params/Dense_0%2Fkernel/scale'
+    """
+    return "/".join(key.replace("%", "%25").replace("/", "%2F") for key in keys)
+
+
+def split_name(name: str) -> tuple[str, ...]:
+    """The keys of which :func:`joined` made ``name``.
+
+    Examples:
+      >>> split_name("params/Dense_0%2Fkernel/scale")
+      ('params', 'Dense_0/kernel', 'scale')
+    """
+    return tuple(key.replace("%2F", "/").replace("%25", "%") for key in name.split("/"))
 
 
 def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> StoredTensor:
@@ -81,8 +97,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """``safetensors.safe_open`` of a file whose header is not absurdly long."""
     with path.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
-    if size > _MAX_HEADER_BYTES:
-        raise ValueError(f"its header has {size} bytes, allowed are up to {_MAX_HEADER_BYTES}")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {size} bytes, allowed are up to {MAX_HEADER_BYTES}")
     with safetensors.safe_open(path, framework="numpy") as file:
         yield file
 
@@ -102,15 +118,63 @@ def _safetensors(path: Path) -> Iterator[dict[str, StoredTensor]]:
 
 
 @contextlib.contextmanager
-def _pth(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Opens a file; gives what it holds: for a file of tensors a dict of them by name.
+
+    They are ``StoredTensor`` or, of NumPy's arrays in a pickle, ``PickledArray``, which has the same
+    attributes. PyTorch's files may hold any plain values around them, see :func:`granq_jax.pickles.unpickle`.
+
+    Raises:
+      Exception: of any kind, as the tensors' ``read`` does, for a file that is damaged, or of another
+        kind than ``.npz``, ``.safetensors``, PyTorch's and pickles of NumPy's arrays.
+    """
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\3\4"
+        begin = file.read(_BEGIN_BYTES)
         file.seek(0)
-        if not zipped:
-            yield _legacy_pth(file)
+        # A header's length may begin as any other kind of file does, but headers are far below 4 GB.
+        is_safetensors = begin[8:9] == b"{" and (begin[4:8] == bytes(4) or not begin.startswith(b"\x80"))
+        if begin.startswith(b"\x80") and not is_safetensors:
+            is_pytorchs = _LEGACY_MAGIC in begin[:_MAGIC_WITHIN]
+            yield _legacy_pth(file) if is_pytorchs else unpickle(io.BytesIO(file.read()), _FUNCTIONS)
             return
-    with open_zip(path) as archive:
-        yield _zipped_pth(archive)
+    if begin.startswith(b"PK\3\4"):
+        with open_zip(path) as archive:
+            yield _zipped(archive)
+    elif is_safetensors:
+        with _safetensors(path) as tensors:
+            yield tensors
+    else:
+        raise ValueError(_other_kind(begin))
+
+
+_BEGIN_BYTES = 512
+_OTHER_KINDS = (
+    (0, b"\x89HDF", "it is an HDF5 file, as Keras writes them"),
+    (0, b"\x1f\x8b", "it is compressed by gzip: unpack it"),
+    (257, b"ustar", "it is a tar archive: unpack it"),
+)
+
+
+def _other_kind(begin: bytes) -> str:
+    signs = (words for place, sign, words in _OTHER_KINDS if begin[place:].startswith(sign))
+    words = next(signs, "it is of another kind" if begin else "it is empty")
+    return f"{words}; allowed are .npz, .safetensors and PyTorch's files"
+
+
+def _zipped(archive: zipfile.ZipFile) -> Any:
+    names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError(
+            "it holds a TorchScript program, which would have to run; save the state_dict() of its model instead"
+        )
+    if any(name.endswith("/data.pkl") for name in names):
+        return _zipped_pth(archive)
+    if within := [name for name in names if not name.endswith((".npy", "/"))]:
+        raise ValueError(f"it is a zip file that holds {within[0][:_SHOWN]!r}: unpack it")
+    return {info.filename.removesuffix(".npy"): _npy(archive, info) for info in archive.infolist()}
+
+
+_SHOWN = 80
 
 
 def _zipped_pth(archive: zipfile.ZipFile) -> Any:
@@ -120,11 +184,14 @@ def _zipped_pth(archive: zipfile.ZipFile) -> Any:
         raise ValueError(f"it is a zip file with {len(pickles)} members data.pkl, allowed is one")
     folder = pickles[0].removesuffix("data.pkl")
 
-    def beginning(name: str) -> bytes:
+    def whole(name: str) -> bytes:
+        size = archive.getinfo(folder + name).file_size
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"its member {name} has {size} bytes, allowed are up to {MAX_HEADER_BYTES}")
         with archive.open(folder + name) as member:
-            return member.read(_MAX_HEADER_BYTES)
+            return member.read(MAX_HEADER_BYTES)
 
-    if f"{folder}byteorder" in archive.namelist() and beginning("byteorder") != b"little":
+    if f"{folder}byteorder" in archive.namelist() and whole("byteorder") != b"little":
         raise ValueError("its numbers are not in little-endian order")
 
     @functools.lru_cache(maxsize=1)  # tensors that share a storage follow each other
@@ -134,15 +201,16 @@ def _zipped_pth(archive: zipfile.ZipFile) -> Any:
             raise ValueError(f"{info.filename!r} is compressed, which PyTorch's files are not")
         return archive.read(info)
 
-    def storage(kind: Any, dtype: Any, key: Any, place: Any, size: Any) -> _Storage:
+    def storage(described: tuple[Any, ...]) -> _Storage:
+        _kind, dtype, key, _place, size = described
         return _Storage(dtype, key, size, content)
 
-    return _unpickle(io.BytesIO(beginning("data.pkl")), storage)
+    return unpickle(io.BytesIO(whole("data.pkl")), _FUNCTIONS, storage)
 
 
 def _legacy_pth(file: BinaryIO) -> Any:
-    """What ``torch.save`` wrote before: five pickles, then length and content of each storage."""
-    head = io.BytesIO(file.read(_MAX_HEADER_BYTES))
+    """What ``torch.save`` wrote before: five pickles, of which the first is a number, then each storage."""
+    head = io.BytesIO(file.read(MAX_HEADER_BYTES))
     end = file.seek(0, os.SEEK_END)
     storages: dict[str, _Storage] = {}
     starts: dict[str, int] = {}
@@ -153,14 +221,13 @@ def _legacy_pth(file: BinaryIO) -> Any:
         length = int.from_bytes(file.read(8), "little")
         return file.read(storages[key].bytes) if length == storages[key].size else b""
 
-    def storage(kind: Any, dtype: Any, key: Any, place: Any, size: Any, view: Any) -> _Storage:
+    def storage(described: tuple[Any, ...]) -> _Storage:
+        _kind, dtype, key, _place, size, view = described
         if view is not None:
             raise ValueError("it holds a storage that is a view of another one")
         return storages.setdefault(key, _Storage(dtype, key, size, content))
 
-    if _unpickle(head) != _LEGACY_MAGIC:
-        raise ValueError("it does not begin as PyTorch's files do")
-    _protocol, system, tensors, keys = (_unpickle(head, storage) for _ in range(4))
+    _magic, _protocol, system, tensors, keys = (unpickle(head, _FUNCTIONS, storage) for _ in range(5))
     if not system["little_endian"]:
         raise ValueError("its numbers are not in little-endian order")
     position = head.tell()
@@ -211,11 +278,6 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     return StoredTensor(shape, storage.dtype.name, read)
 
 
-def _is_small(key: Any) -> bool:
-    """Whether ``key`` is a number of a parameter, as keys of an optimizer's state are."""
-    return type(key) is int and 0 <= key < _MAX_HEADER_BYTES
-
-
 _STORAGES = {
     "Double": np.float64,
     "Float": np.float32,
@@ -228,104 +290,12 @@ _STORAGES = {
     "Byte": np.uint8,
     "Bool": np.bool_,
 }
-# All that a pickle may name. An OrderedDict is empty when it is made, its items are set after that.
-_GLOBALS: dict[str, Any] = {
+# What a pickle may have called. An OrderedDict is empty when it is made, its items are set after that.
+_FUNCTIONS: dict[str, Any] = {
+    **NUMPY,
     "collections OrderedDict": lambda: {},
     "torch._utils _rebuild_tensor": _rebuild_tensor,
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     **{f"torch {name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()},
-}
-
-
-def _unpickle(stream: BinaryIO, storage: Callable[..., _Storage] | None = None) -> Any:
-    """The object that a pickle of PyTorch's describes, in time and memory proportional to its length.
-
-    Args:
-      stream: is read to the pickle's end.
-      storage: makes a storage of what PyTorch says of one in the pickle.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-
-    def popped(count: int) -> list[Any]:
-        items = stack[len(stack) - count :]
-        del stack[len(stack) - count :]
-        return items
-
-    def to_mark() -> list[Any]:
-        return popped(len(stack) - marks.pop())
-
-    def set_items(items: list[Any]) -> None:
-        keys, values = items[::2], items[1::2]
-        if type(stack[-1]) is not dict or not all(type(key) is str or _is_small(key) for key in keys):
-            raise ValueError("it sets an item whose key is neither text nor a number of a parameter")
-        stack[-1].update(zip(keys, values, strict=True))
-
-    def few(arguments: Any) -> tuple[Any, ...]:
-        if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
-            raise ValueError("it calls a function with other arguments than PyTorch's files do")
-        return arguments
-
-    for opcode, argument, _ in pickletools.genops(stream):
-        match opcode.name:
-            case "STOP":
-                return stack.pop()
-            case "PROTO":
-                pass
-            case "MARK":
-                marks.append(len(stack))
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(popped(int(opcode.name[-1]))))
-            case "TUPLE":
-                stack.append(tuple(to_mark()))
-            case "APPEND":
-                stack[-2].append(stack.pop())
-            case "APPENDS":
-                items = to_mark()
-                stack[-1].extend(items)
-            case "SETITEM":
-                set_items(popped(2))
-            case "SETITEMS":
-                set_items(to_mark())
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                if argument not in _GLOBALS:
-                    raise ValueError(f"it needs {argument!r}, which is not allowed")
-                stack.append(_GLOBALS[argument])
-            case "BINPERSID" if storage is not None:
-                stack.append(storage(*few(stack.pop())))
-            case "REDUCE":
-                function, arguments = popped(2)
-                stack.append(function(*few(arguments)))
-            case "BUILD":
-                stack.pop()  # attributes of an OrderedDict: versions of modules, which nothing depends on
-            case _:
-                raise ValueError(f"it has the pickle opcode {opcode.name}, which PyTorch's files do not have")
-    raise ValueError("it has a pickle without an end")
-
-
-# By suffix: a context in which a file is open and what it holds is there, for a file of tensors a
-# dict of ``StoredTensor`` by name. They and ``StoredTensor.read`` raise exceptions of any kind.
-READERS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Any]]] = {
-    ".npz": _npz,
-    ".safetensors": _safetensors,
-    ".pth": _pth,
-    ".pt": _pth,
 }

@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 from ml_collections import ConfigDict
 
+from granq_jax import guard
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.checkpoint import Checkpoints, digest
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
@@ -24,7 +26,7 @@ from granq_jax.joint_run import JointRun, NonFiniteError
 from granq_jax.metrics import MetricsLog
 from granq_jax.processes import check_alike, from_first, interruptible_together, is_first, together
 from granq_jax.quant import effective_weight_bits
-from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_json, write_text
+from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_bytes, write_json, write_text
 from granq_jax.reporting import REPORT, Inspection, RunRecord, image_grid, inspector, run_page, run_record
 from granq_jax.run_notes import RunNotes
 from granq_jax.splits import Split
@@ -32,6 +34,7 @@ from granq_jax.stopping import Interrupted, Interruption, RunError, interruptibl
 from granq_jax.teachers import check_loads, check_teacher, load_teacher
 from granq_jax.trainer import TrainState, Variables
 from granq_jax.workdir import (
+    HELD_OUT,
     RESULT,
     check_workdir,
     finished_result,
@@ -50,8 +53,10 @@ def train_and_evaluate(
     """Quantizes a teacher without data and says how good the student is.
 
     In ``workdir`` it leaves ``config.json``, ``starts.jsonl``, ``metrics.jsonl``, ``tensorboard/``,
-    ``checkpoints/``, ``report.html``, ``result.json`` (last), and where asked for ``profile/`` and the
-    teacher it trained. Everything is checked before work starts.
+    ``checkpoints/``, ``held_out.safetensors`` (the guard's images), ``report.html``, ``result.json`` (last), and
+    where asked for ``profile/`` and the teacher it trained. The student that it gives is the one that
+    :mod:`granq_jax.guard` chooses.
+    Everything is checked before work starts.
 
     A run that ended early, in whatever way, goes on from its last checkpoint when it is called
     again, and ends as if it had never stopped. Of a run that is finished the result is returned.
@@ -169,6 +174,8 @@ class _Loop:
         self._checkpoints = checkpoints
         self._interruption = interruption
         self._total = config.epochs * config.steps_per_epoch
+        self._warmup = config.warmup_epochs * config.steps_per_epoch
+        self._score: Callable[[Variables], guard.Score] | None = None
         self._compiled_before = notes.compile_seconds
 
     def complete(self, teacher: Variables, split: Split | None) -> tuple[dict[str, Any], Inspection]:
@@ -201,8 +208,13 @@ class _Loop:
                         f"teacher {notes.teacher_accuracy.top1:.2f} %, "
                         f"student before training {notes.accuracy_before.top1:.2f} % top-1"
                     )
+            if not self._warmup:
+                self._log.say("no guard: config.warmup_epochs is 0, after which it would take its images")
+            elif self._run.step > self._warmup:
+                self._score = self._kept_guard(teacher)
+            inspect = inspector(trainer, teacher)
             try:
-                inspection = self._take_steps(evaluate, inspector(trainer, teacher))
+                inspection = self._take_steps(teacher, evaluate, inspect)
             except Interrupted as interrupted:
                 with together():
                     self._save()
@@ -211,6 +223,10 @@ class _Loop:
                 raise Interrupted(interrupted.signal, detail) from None
             with together():
                 self._checkpoints.wait()
+            step = notes.chosen_step or self._run.step
+            if step != self._run.step:
+                self._log.say(f"the result is the student of step {step}, which the guard chose")
+                inspection = inspect(self._checkpoints.of_step(step, self._run.state).state)
         result = {
             **describe(config),
             "eval_examples": 0 if split is None else len(split),
@@ -221,11 +237,14 @@ class _Loop:
             "teacher": config.teacher,
             **percentages("teacher", notes.teacher_accuracy),
             **percentages("student", notes.accuracy_before, "_before"),
-            **percentages("student", notes.evaluations.get(self._total)),
+            **percentages("student", notes.evaluations.get(step)),
+            "chosen_step": step,
+            "broke_down_after": guard.breakdown(notes.scores),
+            "guard": [{"step": step, **score._asdict()} for step, score in sorted(notes.scores.items())],
             "best_top1": None if notes.best_step is None else notes.evaluations[notes.best_step].top1,
             "best_step": notes.best_step,
             "best_picked_on": None if notes.best_step is None else "the test set",
-            "steps": self._total,
+            "steps": self._run.step,
             "skipped_steps": notes.skipped_steps,
             "seconds_per_step": statistics.median(notes.seconds_per_step),
             "compile_seconds": notes.compile_seconds,
@@ -236,8 +255,10 @@ class _Loop:
         }
         return result, inspection
 
-    def _take_steps(self, evaluate: Evaluation | None, inspect: Callable[[TrainState], Inspection]) -> Inspection:
-        """The rest of the steps; returns a look at the last state.
+    def _take_steps(
+        self, teacher: Variables, evaluate: Evaluation | None, inspect: Callable[[TrainState], Inspection]
+    ) -> Inspection:
+        """The rest of the steps, up to a breakdown if that is to end the run; returns a look at the last state.
 
         Signals are held back where a checkpoint could not be taken at once.
         """
@@ -248,9 +269,15 @@ class _Loop:
         with _Trace(config, self._workdir / "profile") as trace:
             while True:
                 epoch, into_epoch = divmod(run.step, config.steps_per_epoch)
-                last = run.step == self._total
+                if run.step == self._warmup and self._warmup and self._score is None:
+                    with held_back():
+                        self._score = self._new_guard(teacher)
+                due = run.step == self._total or (not into_epoch and epoch % config.eval_every_epochs == 0)
+                if due and run.step > self._warmup:
+                    self._look_at_score(epoch)
+                last = run.step == self._total or self._ends_early
                 if run.step and not into_epoch:
-                    due = last or epoch % config.eval_every_epochs == 0
+                    due = due or last
                     if evaluate is not None and due and run.step not in notes.evaluations:
                         accuracy = evaluate(run.state.result)
                         with held_back():
@@ -259,8 +286,8 @@ class _Loop:
                     if due:
                         inspection = inspect(run.state)
                         self._log_inspection(inspection)
-                    is_best = config.keep_best and notes.best_step == run.step
-                    if last or is_best or epoch % config.checkpoint_every_epochs == 0:
+                    is_kept = run.step in self._kept_steps
+                    if last or is_kept or epoch % config.checkpoint_every_epochs == 0:
                         with held_back():
                             self._save()
                     window = _Window(run)
@@ -279,6 +306,51 @@ class _Loop:
                         )
                         self._interruption.agree()
                         window = _Window(run)
+
+    @property
+    def _ends_early(self) -> bool:
+        return self._config.on_breakdown == "stop" and guard.breakdown(self._notes.scores) is not None
+
+    @property
+    def _kept_steps(self) -> frozenset[int]:
+        """The steps whose checkpoints are kept: of the best evaluation, and of the student that the guard chose."""
+        best = self._notes.best_step if self._config.keep_best else None
+        return frozenset(step for step in (best, self._notes.chosen_step) if step is not None)
+
+    def _new_guard(self, teacher: Variables) -> Callable[[Variables], guard.Score]:
+        images = from_first(lambda: guard.held_out_images(self._run.trainer, self._run.state.generator))
+        if is_first():
+            write_bytes(self._workdir / HELD_OUT, safetensors.numpy.save({"images": images}))
+        return guard.scorer(self._run.trainer, teacher, images)
+
+    def _kept_guard(self, teacher: Variables) -> Callable[[Variables], guard.Score] | None:
+        def read():
+            try:
+                return safetensors.numpy.load_file(self._workdir / HELD_OUT)["images"]
+            except (OSError, KeyError, safetensors.SafetensorError) as error:
+                self._log.say(f"no guard from here on: the run's {HELD_OUT} cannot be read ({error})")
+                return None
+
+        images = from_first(read)
+        return None if images is None else guard.scorer(self._run.trainer, teacher, images)
+
+    def _look_at_score(self, epoch: int) -> None:
+        """Has the guard look at the student as it is, once, and says if it has broken down."""
+        step, scores, measure = self._run.step, self._notes.scores, self._score
+        if measure is None or step in scores:
+            return
+        score = guard.Score(**from_first(lambda: measure(self._run.state.result)._asdict()))
+        with self._interruption.held_back():
+            scores[step] = score
+            self._log.guard(step, epoch, **score._asdict())
+            if guard.breakdown(scores) == step:
+                chosen = self._notes.chosen_step
+                self._log.say(
+                    f"after epoch {epoch}: the student BREAKS DOWN: its error on held-out images is {score.error:.3f} "
+                    f"of that before training, more than {guard.LIMIT} times the least before; "
+                    + ("no student was seen before it" if chosen is None else f"the result is that of step {chosen}")
+                    + ("" if self._ends_early else "; the run goes on, for config.on_breakdown is 'go_on'")
+                )
 
     def _log_inspection(self, inspection: Inspection) -> None:
         self._log.images(self._run.step, image_grid(DATASETS[self._config.dataset].pixels(inspection.images)))
@@ -306,7 +378,7 @@ class _Loop:
         notes = self._notes
         notes.compile_seconds = self._compiled_before + self._run.compile_seconds
         notes.seconds, notes.metrics_size = self._log.seconds, self._log.saved_size()
-        self._checkpoints.best_step = notes.best_step if self._config.keep_best else None
+        self._checkpoints.kept_steps = self._kept_steps
         self._checkpoints.save(self._run.step, self._run.state, notes.to_json())
 
 

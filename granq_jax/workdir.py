@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 from ml_collections import ConfigDict
 
 from granq_jax.config import TRAIN_A_TEACHER, flat, load_config
@@ -22,10 +22,10 @@ from granq_jax.reporting import REPORT
 from granq_jax.teachers import TEACHER_RESULT, TEACHER_TRAINING, TRAINED_TEACHER
 
 _CONFIG, _LOCK, RESULT = "config.json", "run.lock", "result.json"
-_EVALUATION = "evaluation.json"
+_EVALUATION, HELD_OUT = "evaluation.json", "held_out.safetensors"
 # In the order in which they are removed: should that be broken off, config.json still says whose they are.
 _OWN_FILES = (
-    *(RESULT, REPORT, METRICS, EVENTS, "checkpoints", _EVALUATION, "profile", "profile.json", "export"),
+    *(RESULT, REPORT, METRICS, EVENTS, "checkpoints", HELD_OUT, _EVALUATION, "profile", "profile.json", "export"),
     *(STARTS, _CONFIG),
 )
 
@@ -33,7 +33,7 @@ _OWN_FILES = (
 # written and kept, and where inputs lie. Whether a teacher is still the same one is seen by its weights.
 MAY_CHANGE = frozenset(
     {
-        *("epochs", "resume", "on_nonfinite", "data_dir", "teacher"),
+        *("epochs", "resume", "on_nonfinite", "on_breakdown", "data_dir", "teacher"),
         *("eval_every_epochs", "checkpoint_every_epochs", "log_every_steps", "keep_checkpoints", "keep_best"),
         *("profile.start", "profile.steps"),
     }
@@ -63,7 +63,8 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
         )
     begun, asked = (dict(flat(c)) for c in (load_config(workdir / _CONFIG), config))
     for key in asked:
-        if key not in MAY_CHANGE and begun[key] != asked[key]:
+        fixed = key not in MAY_CHANGE or (key == "epochs" and config.student.schedule == "cosine")  # ends with them
+        if fixed and begun[key] != asked[key]:
             raise ValueError(
                 f"config.{key}: got {asked[key]!r}, but the run in {str(workdir)!r} was begun with {begun[key]!r}, and "
                 f"it can go on with that only; give another --workdir, or replace the run with --overwrite"
@@ -80,15 +81,25 @@ def _check_own(workdir: Path) -> None:
     """Raises a ``ValueError`` if what is named as a run's files seems not to be written by one."""
     others = [name for name in _OWN_FILES if name != _EVALUATION]  # which may be a teacher's
     there = [name for name in others if os.path.isfile(workdir / name) or any((workdir / name).glob("*"))]
-    if not there or any((workdir / name).exists() for name in (_LOCK, STARTS)):
-        return
-    try:
-        load_config(workdir / _CONFIG)
-    except ValueError:
+    if there and not _is_of_run(workdir):
         raise ValueError(
             f"workdir: {str(workdir)!r} holds {', '.join(there)}, but nothing says that a run wrote it; "
             "give another one, or move it away"
-        ) from None
+        )
+
+
+def _is_of_run(workdir: Path) -> bool:
+    """Whether ``config.json`` or, should that be damaged, ``starts.jsonl`` in ``workdir`` is as a run writes it.
+
+    A lock says nothing: other programs name theirs so, too.
+    """
+    with contextlib.suppress(ValueError):
+        load_config(workdir / _CONFIG)
+        return True
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        first = json.loads((workdir / STARTS).read_text().splitlines()[0])
+        return "granq-jax" in first["versions"]
+    return False
 
 
 @contextlib.contextmanager
@@ -113,18 +124,19 @@ def _locked_here(workdir: Path) -> Iterator[None]:
     missing = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
     workdir.mkdir(parents=True, exist_ok=True)
     lock_is_new = not (workdir / _LOCK).exists()
-    with (workdir / _LOCK).open("a+") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            held.enter_context(filelock.FileLock(workdir / _LOCK, blocking=False))
+        except filelock.Timeout:
+            holder = ""
+            with contextlib.suppress(OSError):  # Windows lets nobody else read it
+                holder = (workdir / _LOCK).read_text().strip()
             raise ValueError(
-                f"workdir: {str(workdir)!r} is in use by {file.read().strip() or 'another process'}; "
+                f"workdir: {str(workdir)!r} is in use by {holder or 'another process'}; "
                 "wait until it ends, or give another one"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(PermissionError):  # nor write to it
+            (workdir / _LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         try:
             yield
         except (ValueError, TypeError, OSError, ImportError):
@@ -162,10 +174,13 @@ def remove_run(workdir: Path, and_teacher: bool) -> None:
 def finished_result(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """The result of the run in ``workdir`` if it has taken all its steps, with this teacher; ``None`` otherwise."""
     # None there, or a damaged one: it is written again.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         result = json.loads((workdir / RESULT).read_text())
         # Whether a teacher elsewhere is the same one, its weights have to tell.
-        if result["steps"] == config.epochs * config.steps_per_epoch and result["teacher"] == config.teacher:
+        # One that ended early has not taken them all.
+        broke_down = config.on_breakdown == "stop" and result["steps"] == result.get("broke_down_after")
+        ended = result["steps"] == config.epochs * config.steps_per_epoch or broke_down
+        if ended and result["teacher"] == config.teacher:
             return result
     return None
 

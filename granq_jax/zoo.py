@@ -6,12 +6,12 @@ They are pytorchcv's, which publishes each as a zip file that holds one ``.pth``
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
 from pathlib import Path
 
+import filelock
 import platformdirs
 
 from granq_jax.archives import open_zip
@@ -99,8 +99,7 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
     path = cache / checkpoint.file
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with path.with_name(path.name + ".lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+        with filelock.FileLock(path.with_name(path.name + ".lock")):  # which ends with the process, too
             if not path.exists():  # no other process was faster
                 _provide(checkpoint, path)
     if (found := _sha1(path)) != checkpoint.sha1:

@@ -10,10 +10,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from granq_jax.kernels.sweeps import MIN_RANGE, Block
+from granq_jax.kernels import MIN_RANGE
+from granq_jax.kernels.backend import BlockSpec, launch
+from granq_jax.kernels.sweeps import Block
 from granq_jax.kernels.tiles import Tiling, tiling
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 NAME = "quantize_sample_channel"
 
@@ -42,18 +42,18 @@ def quantize(x: jax.Array, bits: int, *, interpret: bool = False) -> tuple[jax.A
     """
     samples, pixels, channels = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
     tiles = tiling(samples, pixels, channels, x.dtype.itemsize, written_itemsize=1)
-    block = pl.BlockSpec((None, tiles.padded_pixels, tiles.columns), lambda sample, block: (sample, 0, block))
-    numbers = pl.BlockSpec((None, tiles.columns), lambda sample, block: (sample, block))
+    block = BlockSpec((None, tiles.padded_pixels, tiles.columns), lambda sample, block: (sample, 0, block))
+    numbers = BlockSpec((None, tiles.columns), lambda sample, block: (sample, block))
     by_channel = jax.ShapeDtypeStruct((samples, channels), jnp.float32)
-    codes, scale, zero = pl.pallas_call(
+    codes, scale, zero = launch(
         partial(_kernel, bits=bits, tiles=tiles),
-        out_shape=(jax.ShapeDtypeStruct((samples, pixels, channels), jnp.int8), by_channel, by_channel),
+        name=NAME,
         grid=(samples, tiles.blocks),
         in_specs=[block],
         out_specs=(block, numbers, numbers),
+        out_shape=(jax.ShapeDtypeStruct((samples, pixels, channels), jnp.int8), by_channel, by_channel),
+        warps=tiles.warps,
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
-        name=NAME,
     )(x.reshape(samples, pixels, channels))
     kept = (samples, *(1,) * (x.ndim - 2), channels)
     return codes.reshape(x.shape), scale.reshape(kept), zero.reshape(kept)

@@ -11,10 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from granq_jax.kernels.sweeps import MIN_RANGE, Block
+from granq_jax.kernels import MIN_RANGE
+from granq_jax.kernels.backend import BlockSpec, launch
+from granq_jax.kernels.sweeps import Block
 from granq_jax.kernels.tiles import Tiling, tiling
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 NAME = "fake_quant_sample_channel"
 
@@ -71,17 +71,17 @@ def fake_quant(
     tiles = tiling(samples, pixels, channels, x.dtype.itemsize)
     maps = [x] if residual is None else [x, residual]
     norms = [] if norm is None else [norm]
-    block = pl.BlockSpec((None, tiles.padded_pixels, tiles.columns), lambda sample, block: (sample, 0, block))
-    pair = pl.BlockSpec((2, tiles.columns), lambda sample, block: (0, block))
-    y = pl.pallas_call(
+    block = BlockSpec((None, tiles.padded_pixels, tiles.columns), lambda sample, block: (sample, 0, block))
+    pair = BlockSpec((tiles.pair_rows, tiles.columns), lambda sample, block: (0, block))
+    y = launch(
         partial(_kernel, bits=bits, tiles=tiles, maps=len(maps), activation=activation),
-        out_shape=jax.ShapeDtypeStruct((samples, pixels, channels), x.dtype),
+        name=name,
         grid=(samples, tiles.blocks),
         in_specs=[block] * len(maps) + [pair] * len(norms),
         out_specs=block,
+        out_shape=jax.ShapeDtypeStruct((samples, pixels, channels), x.dtype),
+        warps=tiles.warps,
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
-        name=name,
     )(*(a.reshape(samples, pixels, channels) for a in maps), *norms)
     return y.reshape(x.shape)
 

@@ -11,11 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from granq_jax.kernels import MIN_RANGE, backend
 from granq_jax.kernels.tiles import Tiling
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
-
-MIN_RANGE = 1e-8
 
 
 class Place(NamedTuple):
@@ -32,11 +29,11 @@ class Place(NamedTuple):
     def load(self, ref: Any) -> jax.Array:
         """The tile of ``ref`` as float32, 0 outside of the array."""
         other = None if self.mask is None else jnp.zeros((), ref.dtype)
-        return plgpu.load(ref.at[self.rows, :], mask=self.mask, other=other).astype(jnp.float32)
+        return backend.load(ref.at[self.rows, :], mask=self.mask, other=other).astype(jnp.float32)
 
     def store(self, ref: Any, values: jax.Array) -> None:
         """Writes the tile to ``ref``."""
-        plgpu.store(ref.at[self.rows, :], values.astype(ref.dtype), mask=self.mask)
+        backend.store(ref.at[self.rows, :], values.astype(ref.dtype), mask=self.mask)
 
 
 class Block:
@@ -49,7 +46,7 @@ class Block:
 
     def __init__(self, tiling: Tiling):
         self.tiling = tiling
-        first = pl.program_id(1) * tiling.columns
+        first = backend.program_id(1) * tiling.columns
         self.inside = first + jnp.arange(tiling.columns) < tiling.channels if tiling.ragged else None
 
     def place(self, start: Any, rows: int) -> Place:
@@ -60,26 +57,26 @@ class Block:
         if self.inside is not None:
             inside = self._everywhere(self.inside[None, :], rows)
             mask = inside if mask is None else mask & inside
-        return Place(pl.ds(start, rows), mask)
+        return Place(backend.ds(start, rows), mask)
 
     def load_pair(self, ref: Any) -> tuple[jax.Array, jax.Array]:
-        """Both rows of a (2, channels) reference, (columns,) each.
+        """Both rows of a (2, channels) array, (columns,) each, of whose block ``tiling.pair_rows`` are the rows.
 
         They are loaded as one tile of an element a thread. Of fewer elements every thread would load all that
         it needs by itself, which beside bfloat16 activations is half as much again.
         """
-        rows = max(2, self.tiling.threads // self.tiling.columns)
+        rows = self.tiling.pair_rows
         row = self._everywhere(jnp.arange(rows)[:, None], rows)
         mask = row < 2
         if self.inside is not None:
             mask &= self._everywhere(self.inside[None, :], rows)
-        both = plgpu.load(ref.at[pl.ds(0, rows), :], mask=mask, other=0.0)
+        both = backend.load(ref.at[backend.ds(0, rows), :], mask=mask, other=0.0)
         first, second = (jnp.sum(jnp.where(row == i, both, 0.0), axis=0) for i in (0, 1))
         return first, second
 
     def store_numbers(self, ref: Any, values: jax.Array) -> None:
         """Writes one number a channel, (columns,)."""
-        plgpu.store(ref, values, mask=self.inside)
+        backend.store(ref, values, mask=self.inside)
 
     def _everywhere(self, values, rows):
         return jnp.broadcast_to(values, (rows, self.tiling.columns))

@@ -88,6 +88,11 @@ class Tiling:
         """Pixels up to the end of the last tile."""
         return sum(self.tiles[-1]) if self.tiles else self.pixels
 
+    @property
+    def pair_rows(self) -> int:
+        """Rows of a block, of an element a thread, in which two numbers a channel lie."""
+        return max(2, self.threads // self.columns)
+
 
 def _powers_of_two(start: int, end: int) -> Iterator[tuple[int, int]]:
     negligible = int(end * NEGLIGIBLE)

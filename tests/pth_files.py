@@ -72,6 +72,8 @@ def _pickled(value):
         case int():
             data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
             return b"\x8a" + bytes([len(data)]) + data
+        case float():
+            return b"G" + struct.pack(">d", value)
         case str():
             return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
         case tuple() | list():

@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, and what damage does to them."""
 
 import contextlib
+import errno
 import resource
 import shutil
 
@@ -57,7 +58,7 @@ def test_the_newest_ones_are_kept_and_the_best(tmp_path):
     assert save_all(tmp_path / "b", range(5), keep=3) == [2, 3, 4]
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         for step in range(4):
-            checkpoints.best_step = min(step, 1)
+            checkpoints.kept_steps = frozenset({min(step, 1)})
             checkpoints.save(step, state_of(step))
     assert sorted(path.name for path in (tmp_path / "c" / "checkpoints").iterdir()) == ["1", "3"]
 
@@ -107,6 +108,73 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, d
                 checkpoints.save(2, state_of(2), {"seconds": 2 / 3})
             assert_is(newest(workdir), 2)
         shutil.rmtree(workdir)
+
+
+def failing(monkeypatch, errors):
+    """Reading a checkpoint raises ``errors`` one after another, and then succeeds."""
+    read, left = Checkpoints._read, list(errors)
+
+    def fail(self, step, target):
+        if left:
+            raise left.pop(0)
+        return read(self, step, target)
+
+    monkeypatch.setattr(Checkpoints, "_read", fail)
+    return left
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("DATA_LOSS"), KeyError("a")])
+def test_an_error_that_passes_is_no_damage(tmp_path, monkeypatch, error):
+    save_all(tmp_path, [1, 2])
+    left = failing(monkeypatch, [error])
+    assert_is(newest(tmp_path), 2)
+    assert left == []
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError("Stale file handle"),
+        TimeoutError("no answer"),
+        MemoryError(),
+        ValueError('UNKNOWN: Error reading "/d/manifest" [OS error 116: ESTALE Stale file handle]'),
+        caused_by(RuntimeError("cannot restore"), OSError(errno.EMFILE, "Too many open files")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_system_fails_to_read_is_neither_moved_nor_passed_over(tmp_path, monkeypatch, error):
+    save_all(tmp_path, [1, 2])
+    failing(monkeypatch, [error, error])
+    with one_line_error(RunError, "step 2", str(tmp_path), "try again"):
+        newest(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert_is(newest(tmp_path), 2)
+
+
+def test_a_state_may_be_of_one_of_several_structures(tmp_path):
+    save_all(tmp_path, [1, 2])
+    like = jax.eval_shape(lambda: state_of(0))
+    others = {**like, "bias": like["scale"]}, {key: like[key] for key in ("kernel", "step")}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_is(checkpoints.newest(*others, like), 2)
+        assert_is(checkpoints.newest(like, *others), 2)
+
+
+def test_keys_with_slashes_and_dots_come_back(tmp_path):
+    state = {"a": {"b/c": jnp.ones(3)}, "a/b": {"c": jnp.zeros(3)}, "a.b": {"c": jnp.full(3, 2.0)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = checkpoints.newest(state)
+    jax.tree.map(np.testing.assert_array_equal, saved.state, state)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -13,6 +13,7 @@ import pytest
 
 from granq_jax.data import DATASETS, load_split
 from granq_jax.splits import EncodedSplit, centre_crop
+from granq_jax.stopping import RunError
 from tests.conftest import one_line_error
 
 PREPARED = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere")) / "tfds"
@@ -146,6 +147,110 @@ def test_what_is_no_image_folder_is_refused(tmp_path, classes, below, split, wor
     data_dir = "" if below is None else os.fspath(tmp_path / below)
     with one_line_error(ValueError, "config.data_dir", data_dir, *words):
         load_split("image_folder", split, data_dir)
+
+
+def class_folders(root, names, image=b"no image"):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "a.png").write_bytes(image)
+
+
+@pytest.mark.parametrize("name", [str, "{:03}".format, "{:04}".format], ids=["0", "000", "0000"])
+def test_folders_named_by_labels_have_those_labels(tmp_path, name):
+    class_folders(tmp_path / "val", map(name, range(CLASSES)))
+    split = load_split("image_folder", "test", os.fspath(tmp_path))
+    assert sorted(label for _, label in split.read(list(range(CLASSES)))) == list(range(CLASSES))
+    for index in 0, 1, 2, 10, 555, 999:
+        assert int(Path(split.name(index)).parent.name) == split.read([index])[0][1]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (list(map(str, range(1, 1001))), ["order", "0 to 999", "1 to 1000", "labels"]),
+        ([f"{number:04}" for number in range(1, 1001)], ["order", "0 to 999", "1 to 1000"]),
+        (["0", "00", *map(str, range(2, 1000))], ["order"]),
+        ([f"class{number}" for number in range(1000)], ["order", "'class10'", "'class2'", "zeros"]),
+        ([f"{number}_bird" for number in range(1000)], ["order", "zeros"]),
+    ],
+    ids=["from 1", "from 0001", "one twice", "in names", "before names"],
+)
+def test_folders_whose_order_is_not_clear_are_refused(tmp_path, names, words):
+    class_folders(tmp_path, names)
+    with one_line_error(ValueError, "config.data_dir", str(tmp_path), *words):
+        load_split("image_folder", "test", os.fspath(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[f"n{7 * number:05}" for number in range(1000)], [f"class_{number:03}_x2" for number in range(1000)]],
+    ids=["WordNet", "filled up"],
+)
+def test_folders_whose_order_is_clear_are_in_it(tmp_path, names):
+    class_folders(tmp_path, names)
+    split = load_split("image_folder", "test", os.fspath(tmp_path))
+    assert [Path(split.name(index)).parent.name for index in range(CLASSES)] == names
+    assert [label for _, label in split.read(list(range(CLASSES)))] == list(range(CLASSES))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_classes_that_differ_between_training_and_test_images_are_refused(tmp_path, split):
+    names = [f"n{number:04}" for number in range(CLASSES)]
+    class_folders(tmp_path / "train", names)
+    class_folders(tmp_path / "val", [*names[:-1], "n2000"])
+    with one_line_error(ValueError, "config.data_dir", "train", "val", "another class", "n0999, n2000"):
+        load_split("image_folder", split, os.fspath(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (["ILSVRC2012_val_00000001.JPEG"], ["1 images", "ImageNet's validation images", "CLASS/"]),
+        (["a.png", "b.png"], ["2 images", "CLASS/"]),
+        (["n01440764.tar"], ["n01440764.tar", "unpack"]),
+        (["ILSVRC/Data/CLS-LOC/val/x"], ["Kaggle", "ILSVRC/Data/CLS-LOC'"]),
+        (["a.parquet", "b", "c", "d"], ["a.parquet, b, c, ..."]),
+    ],
+    ids=["flat ImageNet", "flat", "archives", "Kaggle's", "another"],
+)
+@pytest.mark.parametrize("below", ["", "val"])
+def test_other_layouts_are_named_with_what_to_do(tmp_path, held, below, words):
+    for name in held:
+        (tmp_path / below / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / below / name).write_bytes(b"")
+    with one_line_error(ValueError, "config.data_dir", "class folders", *words):
+        load_split("image_folder", "test", os.fspath(tmp_path))
+
+
+def test_grey_of_16_bits_is_that_of_8_bits(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).repeat(4).reshape(32, 32)
+    for number in range(CLASSES):
+        (tmp_path / f"{number:03}").mkdir()
+    PIL.Image.fromarray(ramp).save(tmp_path / "000" / "8.png")
+    PIL.Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "000" / "16.png")
+    grey = PIL.Image.fromarray((ramp.astype(np.uint16) * 257).astype(np.int32))  # as Pillow read PNGs before
+    (tmp_path / "000" / "16b.png").write_bytes(encoded(grey, "TIFF"))
+    split = load_split("image_folder", "test", os.fspath(tmp_path))
+    assert len(split) == 3
+    images, _ = split.examples(np.arange(3))
+    assert np.ptp(images) > 200
+    np.testing.assert_array_equal(images[0], images[2])
+    np.testing.assert_array_equal(images[1], images[2])
+    crops, _ = split.augmented(np.zeros(8, int), np.random.default_rng(0), 16, 0)
+    assert (crops == 255).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    "image",
+    [PIL.Image.new("F", (8, 8), 0.5), PIL.Image.new("I", (8, 8), 70_000), PIL.Image.new("I", (8, 8), -1)],
+    ids=["real", "above 16 bits", "below 0"],
+)
+def test_grey_of_which_white_is_not_known_is_refused(tmp_path, image):
+    for number in range(CLASSES):
+        (tmp_path / f"{number:03}").mkdir()
+    (tmp_path / "000" / "a.png").write_bytes(encoded(image, "TIFF"))
+    with one_line_error(RunError, "config.data_dir", "a.png"):
+        load_split("image_folder", "test", os.fspath(tmp_path)).examples(np.arange(1))
 
 
 @pytest.mark.skipif(not PREPARED.exists(), reason="needs CIFAR-10 for TFDS in $GRANQ_JAX_TEST_DATA/tfds")

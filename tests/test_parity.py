@@ -80,7 +80,75 @@ class TorchvisionResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+def conv_norm(inputs, outputs, size, strides=1, groups=1):
+    convolution = nn.Conv2d(inputs, outputs, size, strides, padding=size // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU6())
+
+
+class InvertedResidual(nn.Module):
+    """A unit of MobileNetV2 under torchvision's names: without a first convolution that would widen nothing."""
+
+    def __init__(self, inputs, outputs, strides, expansion):
+        super().__init__()
+        inside = inputs * expansion
+        widen = [conv_norm(inputs, inside, 1)] if expansion > 1 else []
+        last = [nn.Conv2d(inside, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.conv = nn.Sequential(*widen, conv_norm(inside, inside, 3, strides, inside), *last)
+        self.adds = strides == 1 and inputs == outputs
+
+    def forward(self, x):
+        return self.conv(x) + x if self.adds else self.conv(x)
+
+
+class TorchvisionMobileNet(nn.Module):
+    """MobileNetV2 as torchvision names and builds it."""
+
+    def __init__(self):
+        super().__init__()
+        layers, before = [conv_norm(3, 32, 3, 2)], 32
+        stages = [
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        ]
+        for expansion, width, units, strides in stages:
+            for unit in range(units):
+                layers.append(InvertedResidual(before, width, strides if unit == 0 else 1, expansion))
+                before = width
+        self.features = nn.Sequential(*layers, conv_norm(before, 1280, 1))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, 1000))
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+class CifarResNet(nn.Module):
+    """ResNet-20 for small images under torchvision's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 16, 3, 1), nn.BatchNorm2d(16)
+        before = 16
+        for i, width in enumerate((16, 32, 64)):
+            units = [
+                Unit(before if unit == 0 else width, width, 2 if i and unit == 0 else 1, False) for unit in range(3)
+            ]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*units))
+            before = width
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.fc(x.mean((2, 3)))
+
+
 TORCHVISION = {
+    "resnet20_cifar10": CifarResNet,
+    "mobilenetv2_w1": TorchvisionMobileNet,
     "resnet18": lambda: TorchvisionResNet((2, 2, 2, 2), (64, 128, 256, 512), bottleneck=False),
     "resnet50b": lambda: TorchvisionResNet((3, 4, 6, 3), (256, 512, 1024, 2048), bottleneck=True),
 }

@@ -305,20 +305,6 @@ def test_what_pytorch_writes_is_read_as_pytorch_reads_it(tmp_path, zipped):
     jax.tree.map(np.testing.assert_array_equal, load_torch(NAME, tmp_path / "t.pth"), expected)
 
 
-def test_a_file_that_needs_more_than_tensors_says_what(tmp_path):
-    (tmp_path / "t.pth").write_bytes(zipped({"args": Call("argparse Namespace", ())}, {}))
-    with one_line_error(ValueError, "teacher", "t.pth", "'argparse Namespace'", "not allowed"):
-        load_torch(NAME, tmp_path / "t.pth")
-
-
-def test_a_whole_training_state_says_what_it_holds(tmp_path):
-    described, storages = tensors_of(state_dict())
-    state = {"state_dict": described, "optimizer": {"state": {0: {"step": 3}}, "param_groups": [{"lr": None}]}}
-    (tmp_path / "t.pth").write_bytes(zipped(state, storages))
-    with one_line_error(ValueError, "teacher", NAME, "surplus optimizer, state_dict"):
-        load_torch(NAME, tmp_path / "t.pth")
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 def test_numbers_that_are_none_are_refused(value):
     tensors = state_dict()

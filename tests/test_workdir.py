@@ -7,6 +7,7 @@ import pytest
 
 from granq_jax import load_config, train_and_evaluate
 from granq_jax.config import CHECKS
+from granq_jax.record import record_start
 from granq_jax.train_teacher import train_teacher
 from granq_jax.workdir import (
     MAY_CHANGE,
@@ -117,6 +118,34 @@ def test_files_that_no_run_wrote_are_not_replaced(tmp_path, name):
     with one_line_error(ValueError, "workdir", str(tmp_path), *words):
         train_and_evaluate(config_with(), tmp_path, overwrite=True)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize(
+    ("beside", "content"),
+    [
+        ("run.lock", "process 7 on a machine"),
+        ("run.lock", ""),
+        ("starts.jsonl", ""),
+        ("starts.jsonl", '{"time": "now"}'),
+        ("starts.jsonl", '{"versions": {"another": "1.0"}}'),
+        ("starts.jsonl", "[1]"),
+    ],
+)
+def test_names_that_others_use_too_prove_nothing(tmp_path, beside, content):
+    (tmp_path / beside).write_text(content)
+    (tmp_path / "metrics.jsonl").write_text("of somebody else")
+    with one_line_error(ValueError, "workdir", "metrics.jsonl", "nothing says that a run wrote it"):
+        check_workdir(config_with(), tmp_path, overwrite=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == "of somebody else"
+
+
+@pytest.mark.parametrize("config", [None, "{"], ids=["none", "damaged"])
+def test_a_run_is_known_by_its_record_of_starts_too(tmp_path, config):
+    record_start(tmp_path, "a command")
+    (tmp_path / "metrics.jsonl").touch()
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    check_workdir(config_with(), tmp_path, overwrite=True)
 
 
 def test_what_other_modes_leave_is_replaced(tmp_path):

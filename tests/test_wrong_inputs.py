@@ -184,7 +184,7 @@ COMMAND = {
     ),
     "data in a file": (
         ["--config=cifar10_w3a3", RUN, "--config.data_dir=f"],
-        ("config.data_dir", "from f", "--config.eval=none"),
+        ("config.data_dir", "'f'", ".npz"),
         {"f": b""},
     ),
     "data that are damaged": (
@@ -196,7 +196,7 @@ COMMAND = {
     "no teacher": setting("teacher", "", "'train'"),
     "teacher that is missing": setting("teacher", "none.pth", "no such file"),
     "teacher that is a directory": ([DIGITS, RUN, "--config.teacher=d"], ("config.teacher", "'d'"), {"d": None}),
-    "teacher of another kind": teacher("t.h5", b"", "t.h5", ".safetensors"),
+    "teacher of another kind": teacher("t.h5", b"\x89HDF\r\n\x1a\n", "t.h5", "HDF5", ".safetensors"),
     "teacher for another network": setting("teacher", "resnet18", "'resnet8_digits'"),
     "teacher not bundled": setting("teacher", "bundled", "'train'"),
     "teacher with a name too long": setting("teacher", "t" * 300 + ".npz", "no such file"),

@@ -148,13 +148,13 @@ def test_the_users_cache_is_the_default(server, tmp_path, monkeypatch):
 
 def test_one_of_two_at_once_downloads(server, tmp_path, path, monkeypatch):
     arrived = threading.Barrier(2)
-    flock = zoo.fcntl.flock
 
-    def flock_when_both_are_here(*args):
-        arrived.wait(10)
-        flock(*args)
+    class LockedWhenBothAreHere(zoo.filelock.FileLock):
+        def acquire(self, *args, **kwargs):
+            arrived.wait(10)
+            return super().acquire(*args, **kwargs)
 
-    monkeypatch.setattr(zoo.fcntl, "flock", flock_when_both_are_here)
+    monkeypatch.setattr(zoo.filelock, "FileLock", LockedWhenBothAreHere)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(zoo.fetch, [NAME] * 2, [tmp_path] * 2)) == [path] * 2
     assert path.read_bytes() == PAYLOAD

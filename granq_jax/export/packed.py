@@ -1,12 +1,12 @@
 """A quantized model in one ``.safetensors`` file, its codes packed at their true width.
 
-The file holds, under ``/``-joined names:
+The file holds, under ``/``-joined names, in which a slash of a key is ``%2F``:
 
 - for each quantized weight ``NAME``: ``NAME``, its codes as :func:`granq_jax.export.bits.pack` packs
   them, and ``NAME.ranges``, (2, ...), its steps (1 / scale) and zero points;
 - every other variable as it is;
 - in the header, under ``granq_jax``: JSON with ``format``, ``network``, ``spec`` and ``codes``, which
-  gives ``[bits, shape, dtype]`` of each quantized weight.
+  gives ``[bits, shape, dtype]`` of each quantized weight, and ``empty``, the collections without arrays.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import safetensors.numpy
 
 from granq_jax.checks import check_choice
 from granq_jax.export.bits import pack, unpack
+from granq_jax.paths import expanded
 from granq_jax.quant import QuantizedArray, QuantSpec, quantize_params, weight_paths, without_weights
 from granq_jax.quant.affine import affine_values
 from granq_jax.quant.weights import quantize_weight
 from granq_jax.record import write_bytes
-from granq_jax.tensor_files import open_safetensors
+from granq_jax.tensor_files import MAX_HEADER_BYTES, joined, open_safetensors, split_name
 
 _FORMAT = 1
 _KEY = "granq_jax"
@@ -91,7 +92,8 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
       The size of the file in bytes.
 
     Raises:
-      ValueError: if a weight holds NaN or infinity.
+      ValueError: if a weight holds NaN or infinity, something is no array, or there are more of them than
+        a file may describe.
 
     Examples:
       >>> import tempfile
@@ -104,13 +106,18 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
     """
     variables = jax.device_get(dict(variables))
     codes = weight_codes(variables["params"], spec)
-    tensors, described = {}, {}
-    for keys, leaf in flax.traverse_util.flatten_dict(variables).items():
-        name, module = "/".join(keys), "/".join(keys[1:-1])
+    tensors, described, empty = {}, {}, []
+    for keys, leaf in flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True).items():
+        name, module = joined(keys), "/".join(keys[1:-1])
+        if leaf is flax.traverse_util.empty_node:
+            empty.append(name)
+            continue
+        if not isinstance(leaf, np.ndarray | np.generic):
+            raise ValueError(f"variables: {name!r} is a {type(leaf).__name__}, allowed are arrays in dictionaries")
         if keys[0] == "params" and keys[-1] == "kernel" and module in codes:
             q = codes[module]
             tensors[name], tensors[name + _RANGES] = pack(np.asarray(q.codes), q.bits), np.stack([q.step, q.zero_point])
-            described[module] = [q.bits, leaf.shape, leaf.dtype.name]
+            described[joined(keys[1:-1])] = [q.bits, leaf.shape, leaf.dtype.name]
         else:
             tensors[name] = np.asarray(leaf)
     fields = dataclasses.asdict(spec)
@@ -121,9 +128,15 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
         "network": network,
         "spec": fields,
         "codes": described,
+        "empty": empty,
     }
     content = safetensors.numpy.save(tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
-    return write_bytes(Path(path), content)
+    if (size := int.from_bytes(content[:8], "little")) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"variables: the names and shapes of {len(tensors)} arrays take {size} bytes, allowed are up to "
+            f"{MAX_HEADER_BYTES} in a file that can be read again"
+        )
+    return write_bytes(expanded(path, "path"), content)
 
 
 def load_packed(path: str | Path) -> PackedModel:
@@ -133,7 +146,7 @@ def load_packed(path: str | Path) -> PackedModel:
       ValueError: if it is no such file, or damaged.
       OSError: if it cannot be read.
     """
-    path = Path(path)
+    path = expanded(path, "path")
     try:
         with open_safetensors(path) as file:
             header = json.loads((file.metadata() or {})[_KEY])
@@ -146,13 +159,14 @@ def load_packed(path: str | Path) -> PackedModel:
             check_choice("dtype", dtype, _DTYPES)
             codes = unpack(tensors.pop(name), bits, tuple(shape))
             step, zero_point = tensors.pop(name + _RANGES)
-            variables[name] = weight_values(codes, step, zero_point, dtype)
-            if variables[name].shape != codes.shape:
+            # Before they meet: together they could be far larger than either.
+            if step.ndim != codes.ndim or any(size not in (1, n) for size, n in zip(step.shape, shape, strict=True)):
                 raise ValueError(f"the ranges of {name!r} are not those of a weight of shape {shape}")
+            variables[name] = weight_values(codes, step, zero_point, dtype)
         variables |= tensors
-        return PackedModel(
-            flax.traverse_util.unflatten_dict(variables, sep="/"), without_weights(spec), str(header["network"])
-        )
+        variables |= dict.fromkeys(header.get("empty", ()), flax.traverse_util.empty_node)
+        tree = flax.traverse_util.unflatten_dict({split_name(name): leaf for name, leaf in variables.items()})
+        return PackedModel(tree, without_weights(spec), str(header["network"]))
     except OSError:
         raise
     except Exception as error:  # damage shows in many ways

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from ml_collections import ConfigDict
 from granq_jax.build import make_trainer
 from granq_jax.config import check_config
 from granq_jax.data import DATASETS
-from granq_jax.evaluate import newest_state
+from granq_jax.evaluate import state_of_run
 from granq_jax.export.packed import save_packed
 from granq_jax.export.program import export_program
 from granq_jax.quant import storage_bytes
+from granq_jax.quant.dispatch import NoKernelError
 from granq_jax.record import check_writable, describe, versions, write_bytes, write_json
 from granq_jax.splits import Dataset
 from granq_jax.trainer import Trainer, Variables, evaluation_mode
 
+_LOGGER = logging.getLogger(__name__)
 _LEVELS = 256
 PACKED, PROGRAM, CUDA_PROGRAM = "student.safetensors", "student.jax", "student_cuda.jax"
 
@@ -34,7 +37,8 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     - ``student.jax``: a program for CPUs and CUDA, batch size free, from pixels (N, H, W, C), uint8 as
       the data set stores them, to logits, float32: see :func:`granq_jax.export.export_program`;
     - ``student_cuda.jax``: the same for CUDA alone, ``config.eval_batch_size`` images at a time, with
-      the package's kernels in it where they cover what is quantized;
+      the package's kernels in it where they cover what is quantized; left out, which is logged, by a JAX that
+      cannot lower them;
     - ``export.json``: what is returned.
 
     Args:
@@ -52,7 +56,7 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     check_writable(workdir)
     trainer = make_trainer(config)
-    step, state = newest_state(trainer, workdir)
+    step, state = state_of_run(trainer, workdir)
     student = state.result
     folder = workdir / "export"
     folder.mkdir(exist_ok=True)
@@ -64,7 +68,12 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         CUDA_PROGRAM: {"batch_size": config.eval_batch_size, "platforms": ("cuda",), "impl": "pallas"},
     }
     for name, how in programs.items():
-        program = export_pixels_program(trainer, dataset, student, **how)
+        try:
+            program = export_pixels_program(trainer, dataset, student, **how)
+        except NoKernelError as error:
+            _LOGGER.warning("%s is left out: %s", name, error)
+            (folder / name).unlink(missing_ok=True)  # of an earlier student
+            continue
         sizes[name] = write_bytes(folder / name, program.serialize())
     exported = {
         **describe(config),

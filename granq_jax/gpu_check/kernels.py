@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from granq_jax.gpu_check.ptx import Kernel, inspect
 from granq_jax.gpu_check.targets import compiled_for
-from granq_jax.kernels import codes, out_channel, sample_channel
+from granq_jax.kernels import backend, codes, out_channel, sample_channel
 from granq_jax.kernels.tiles import VECTOR_BYTES, Tiling, tiling
 from granq_jax.models.layers import NormAct
 from granq_jax.models.registry import create_model
@@ -193,5 +193,6 @@ def _cases_of(network: str, image_size: int, batch: int) -> Iterator[Case]:
 def compiled_row(case: Case, gpu: str) -> Row:
     """Compiles a case; it also has to lower for ROCm, which no compiler here can go on from."""
     function, arguments = case.function()
-    jax.jit(function).trace(*arguments).lower(lowering_platforms=("rocm",))
-    return Row(case, gpu, inspect(compiled_for(gpu, function, *arguments), case.tiling))
+    with backend.lowering():
+        jax.jit(function).trace(*arguments).lower(lowering_platforms=("rocm",))
+        return Row(case, gpu, inspect(compiled_for(gpu, function, *arguments), case.tiling))

@@ -83,8 +83,9 @@ def _loops(ptx: str) -> list[tuple[int, int]]:
 def _assemble(ptx: str) -> str:
     """What ``ptxas -v`` says."""
     spec = importlib.util.find_spec("nvidia")
-    found = [Path(place) / "cuda_nvcc/bin/ptxas" for place in (spec.submodule_search_locations or [])] if spec else []
-    ptxas = next((str(path) for path in found if path.exists()), shutil.which("ptxas"))
+    places = map(Path, (spec.submodule_search_locations or []) if spec else [])
+    found = (str(path) for place in places for path in place.glob("*/bin/ptxas"))  # cuda_nvcc of CUDA 12, cu13
+    ptxas = next(found, shutil.which("ptxas"))
     if ptxas is None:
         raise ImportError("there is no ptxas: pip install 'granq-jax[gpu-check]'")
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.M)

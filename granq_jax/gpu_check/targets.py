@@ -76,7 +76,8 @@ def devices(gpu: str, count: int = 1) -> list[jax.Device]:
 def compiled(lowered: jax.stages.Lowered) -> Program:
     """Compiles what was lowered for :func:`devices`."""
     with tempfile.TemporaryDirectory() as directory:
-        program = lowered.compile(compiler_options={"xla_dump_to": directory})
+        # An XLA from jax 0.11 on writes PTX only if that is asked for.
+        program = lowered.compile(compiler_options={"xla_dump_to": directory, "xla_dump_emitter_re": "ptx"})
         made = sorted(Path(directory).glob(_FILES))
         ptx = "".join(path.read_text() for path in made if path.suffix == ".ptx")
         launches = "".join(path.read_text() for path in made if path.name.endswith(".thunk_sequence.txt"))

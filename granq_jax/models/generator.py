@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from granq_jax.checks import is_whole
 from granq_jax.models.convolution import convolve
 from granq_jax.models.layers import batch_moments
 from granq_jax.platforms import by_platform
@@ -225,9 +226,9 @@ class Generator(nn.Module):
 
     def __post_init__(self) -> None:
         size = self.image_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 4 or size % 4:
+        if not is_whole(size) or size < 4 or size % 4:
             raise ValueError(f"Generator.image_size: got {size!r}, allowed are positive multiples of 4")
-        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes < 1:
+        if not is_whole(self.classes) or self.classes < 1:
             raise ValueError(f"Generator.classes: got {self.classes!r}, allowed are whole numbers from 1")
         if self.channels not in (1, 3):
             raise ValueError(f"Generator.channels: got {self.channels!r}, allowed are 1 and 3")

@@ -47,6 +47,19 @@ def network(name: str) -> Network:
     return NETWORKS[name]
 
 
+def variants(model: nn.Module) -> list[nn.Module]:
+    """Modules with the sets of variables that ``model`` computes: its own first, then those of other builds.
+
+    Examples:
+      >>> [variant.head_bias for variant in variants(create_model("mobilenetv2_w1"))]
+      [False, False, True]
+    """
+    if not isinstance(model, MobileNetV2):
+        return [model]
+    builds = {(model.first_expansion, model.head_bias): None, (False, False): None, (False, True): None}
+    return [dataclasses.replace(model, first_expansion=first, head_bias=bias) for first, bias in builds]
+
+
 def create_model(name: str) -> nn.Module:
     """The Flax module of the network ``name``.
 

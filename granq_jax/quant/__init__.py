@@ -4,6 +4,7 @@ from granq_jax.quant.affine import QuantizedArray as QuantizedArray
 from granq_jax.quant.affine import dequantize as dequantize
 from granq_jax.quant.affine import quantize_codes as quantize_codes
 from granq_jax.quant.fake_quant import fake_quant as fake_quant
+from granq_jax.quant.layers import Layout as Layout
 from granq_jax.quant.ranges import RANGES as RANGES
 from granq_jax.quant.spec import QuantSpec as QuantSpec
 from granq_jax.quant.spec import in_full_precision as in_full_precision
@@ -17,5 +18,7 @@ from granq_jax.quant.transform import Observation as Observation
 from granq_jax.quant.transform import QuantizedModel as QuantizedModel
 from granq_jax.quant.transform import Site as Site
 from granq_jax.quant.transform import quantize as quantize
+from granq_jax.quant.transform import shares as shares
+from granq_jax.quant.transform import shares_in_words as shares_in_words
 from granq_jax.quant.weights import quantize_params as quantize_params
 from granq_jax.quant.weights import weight_paths as weight_paths

@@ -27,10 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.checks import check_choice
-from granq_jax.kernels import codes as codes_kernel
-from granq_jax.kernels.sweeps import MIN_RANGE
+from granq_jax.kernels import MIN_RANGE
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
-from granq_jax.quant.spec import check_bits, kept_axes
+from granq_jax.quant.spec import check_bits, granularity_of, kept_axes
 
 
 class QuantizedArray(flax.struct.PyTreeNode):
@@ -117,7 +116,12 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def check_float(x: jax.Array) -> jax.Array:
-    """Returns ``x`` as an array; raises a ``TypeError`` if it does not hold floating-point numbers."""
+    """Returns ``x`` as an array; raises a ``TypeError`` if it does not hold floating-point numbers.
+
+    Several arrays are not one: a tuple of them, as a module may return it, is refused.
+    """
+    if isinstance(x, tuple | list | dict) and any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(x)):
+        raise TypeError(f"x: got a {type(x).__name__} of arrays, allowed is one floating-point array")
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError) as error:
@@ -155,12 +159,15 @@ def quantize_codes(
     x = check_float(x)
     check_bits("bits", bits)
     check_choice("impl", impl, IMPLEMENTATIONS)
+    granularity = granularity_of(granularity, x.shape)
     return _quantize_codes(x, bits, granularity, impl if has_kernel(x, granularity) else "xla")
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize_codes(x, bits, granularity, impl):
     def by_kernel(x, *, interpret):
+        from granq_jax.kernels import codes as codes_kernel  # here: see granq_jax.quant.dispatch
+
         if granularity == "out_channel":  # a weight is an activation of one sample
             arrays = (array[0] for array in codes_kernel.quantize(x[None], bits, interpret=interpret))
         else:

@@ -1,4 +1,8 @@
-"""Which implementation computes: the kernels or XLA's form."""
+"""Which implementation computes: the kernels or XLA's form.
+
+The kernels are imported where they are traced. They import Pallas, which takes time, and a JAX that has their backend
+no longer computes all else.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granq_jax.platforms import by_platform
+from granq_jax.kernels.lowered import NoKernelError as NoKernelError
+from granq_jax.kernels.lowered import kernel_or
+from granq_jax.platforms import on_cpus_only
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
 KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -27,16 +33,19 @@ def dispatch(impl: str, by_xla: Callable[..., Any], by_kernel: Callable[..., Any
 
     Args:
       impl: ``"xla"``; ``"pallas"``, the kernel; ``"pallas_interpret"``, the kernel run by Pallas'
-        interpreter; ``"auto"``, decided when the program is lowered: the kernel for CUDA and ROCm, else XLA.
+        interpreter; ``"auto"``, decided when the program is lowered: the kernel for CUDA and ROCm, else XLA. Where
+        the kernel cannot be lowered, ``"auto"`` takes XLA and logs why, once, and ``"pallas"`` raises.
       by_xla: of the operands.
       by_kernel: of the operands and ``interpret``.
       *operands: pytrees of arrays.
+
+    Raises:
+      NoKernelError: a ``ValueError``, when a program is lowered for which the kernel is required and cannot be had.
     """
     if impl == "xla":
         return by_xla(*operands)
     if impl == "pallas_interpret":
         return by_kernel(*operands, interpret=True)
-    compiled = partial(by_kernel, interpret=False)
-    if impl == "pallas":
-        return compiled(*operands)
-    return by_platform(*operands, cuda=compiled, rocm=compiled, default=by_xla)
+    if impl == "auto" and on_cpus_only():
+        return by_xla(*operands)
+    return kernel_or(by_xla, partial(by_kernel, interpret=False), *operands, required=impl == "pallas")

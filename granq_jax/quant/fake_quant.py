@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.checks import check_choice
-from granq_jax.kernels import out_channel, sample_channel
 from granq_jax.models.layers import ACTIVATIONS
 from granq_jax.quant.affine import (
     affine,
@@ -23,7 +22,7 @@ from granq_jax.quant.affine import (
     over_groups,
 )
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
-from granq_jax.quant.spec import check_bits, kept_axes
+from granq_jax.quant.spec import check_bits, granularity_of, kept_axes
 
 
 class FrozenNorm(NamedTuple):
@@ -86,6 +85,7 @@ def fake_quant(
     check_bits("bits", bits)
     check_choice("impl", impl, IMPLEMENTATIONS)
     batch_is_shared = 0 not in kept_axes(granularity, x.ndim)
+    granularity = granularity_of(granularity, x.shape)
     return _straight_through(_How(bits, granularity, impl, axis_name if batch_is_shared else None), x, None, None)
 
 
@@ -112,7 +112,8 @@ def norm_act_fake_quant(
       activation: a key of :data:`granq_jax.models.layers.ACTIVATIONS`.
       impl: see :func:`fake_quant`.
     """
-    return _straight_through(_How(bits, "sample_channel", impl, activation=activation), x, norm, residual)
+    granularity = granularity_of("sample_channel", x.shape)
+    return _straight_through(_How(bits, granularity, impl, activation=activation), x, norm, residual)
 
 
 def _before(x, norm, residual, activation):
@@ -136,6 +137,8 @@ def _by_xla(x, norm, residual, *, how):
 
 
 def _by_kernel(x, norm, residual, *, how, interpret):
+    from granq_jax.kernels import out_channel, sample_channel  # here: see granq_jax.quant.dispatch
+
     if how.granularity == "out_channel":
         return out_channel.fake_quant(x, how.bits, interpret=interpret)
     if norm is not None:
@@ -148,7 +151,8 @@ def _by_kernel(x, norm, residual, *, how, interpret):
 # Both are jitted within, not around, what is differentiated, so that a network's arrays of one shape are traced once.
 @partial(jax.jit, static_argnums=0)
 def _fake_quant(how, x, norm, residual):
-    impl = how.impl if has_kernel(x, how.granularity) else "xla"
+    # A kernel sees the samples of one device.
+    impl = how.impl if how.axis_name is None and has_kernel(x, how.granularity) else "xla"
     return dispatch(impl, partial(_by_xla, how=how), partial(_by_kernel, how=how), x, norm, residual)
 
 

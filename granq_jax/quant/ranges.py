@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from granq_jax.quant.affine import QuantizedArray, affine_codes, affine_values, affine_within, compute_dtype
 from granq_jax.quant.spec import kept_axes
 
-RANGES = "ranges"
+RANGES = "granq_ranges"  # by a name that no model has for a collection of its own
 DECAY = 0.9
 _SHARES = tuple(n / 16 for n in range(16, 5, -1))  # of a weight's range
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from granq_jax.checks import check_choice
@@ -52,7 +53,7 @@ def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
 
     Two-dimensional arrays have no axis left between the two kept ones, so there
     ``sample_channel`` keeps the row alone and ``kernel`` the output alone, as the released code
-    does for linear layers.
+    does for linear layers; so does ``sample_channel`` of a single pixel, see :func:`granularity_of`.
 
     Raises:
       ValueError: for an unknown granularity or an array of fewer than two dimensions.
@@ -73,6 +74,18 @@ def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
         "out_channel": (last,),
         "kernel": (last,) if ndim == 2 else (before_last, last),
     }[granularity]
+
+
+def granularity_of(granularity: str, shape: Sequence[int]) -> str:
+    """``granularity`` for an array of ``shape``: with ``"sample_channel"`` one pixel (N, 1, 1, C) counts as (N, C).
+
+    A range for each of its elements would quantize none of them.
+
+    Examples:
+      >>> granularity_of("sample_channel", (8, 1, 1, 32)), granularity_of("sample_channel", (8, 2, 2, 32))
+      ('sample', 'sample_channel')
+    """
+    return "sample" if granularity == "sample_channel" and math.prod(shape[1:-1]) == 1 else granularity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from granq_jax.quant.layers import Layout
 from granq_jax.quant.ranges import RANGES
-from granq_jax.quant.spec import QuantSpec, kept_axes
-from granq_jax.quant.weights import weight_paths
+from granq_jax.quant.spec import QuantSpec, granularity_of, kept_axes
+from granq_jax.quant.weights import plain_layouts, weight_paths
 
 SCALE_AND_ZERO_POINT_BITS = 2 * 32
 
@@ -27,6 +28,11 @@ def effective_bits(shape: tuple[int, ...], bits: int, granularity: str) -> float
     return bits + SCALE_AND_ZERO_POINT_BITS * _ranges(shape, granularity) / float(np.prod(shape, dtype=np.int64))
 
 
+def effective_weight(shape: tuple[int, ...], bits: int, granularity: str, layout: Layout) -> float:
+    """:func:`effective_bits` of a weight of which ``layout`` says what its axes are."""
+    return bits + SCALE_AND_ZERO_POINT_BITS * layout.ranges(shape, granularity) / float(np.prod(shape, dtype=np.int64))
+
+
 def effective_act_bits(shape: tuple[int, ...], bits: int, granularity: str, ranges: str) -> float:
     """The same of an activation (N, ...) of N images, for one of them; ranges that are kept cost it nothing."""
     count, size = _ranges_of_image(shape, granularity, ranges), float(np.prod(shape[1:], dtype=np.int64))
@@ -38,23 +44,32 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def effective_weight_bits(params: Mapping[str, Any], spec: QuantSpec) -> float | None:
-    """Mean of :func:`effective_bits` over all elements of the quantized weights; ``None`` if none is."""
+def effective_weight_bits(
+    params: Mapping[str, Any], spec: QuantSpec, layouts: Mapping[str, Layout] | None = None
+) -> float | None:
+    """Mean of :func:`effective_bits` over all elements of the quantized weights; ``None`` if none is.
+
+    For ``layouts`` see :func:`granq_jax.quant.weight_paths`.
+    """
+    layouts = plain_layouts(params) if layouts is None else layouts
     bits = elements = 0.0
-    for path, leaf in weight_paths(params).items():
+    for path, leaf in weight_paths(params, layouts).items():
         site = spec.at(path)
         if site.weight_bits is not None:
-            bits += leaf.size * effective_bits(leaf.shape, site.weight_bits, site.weight_granularity)
+            bits += leaf.size * effective_weight(leaf.shape, site.weight_bits, site.weight_granularity, layouts[path])
             elements += leaf.size
     return bits / elements if elements else None
 
 
-def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, int]:
+def storage_bytes(
+    variables: Mapping[str, Any], spec: QuantSpec, layouts: Mapping[str, Layout] | None = None
+) -> dict[str, int]:
     """Bytes that a quantized model's variables take, with codes packed and all else in float32.
 
     Args:
       variables: of the model, all collections.
       spec: how its weights are quantized.
+      layouts: see :func:`granq_jax.quant.weight_paths`.
 
     Returns:
       ``weight_codes`` (each array filled up to whole bytes), ``weight_scales``,
@@ -69,11 +84,12 @@ def storage_bytes(variables: Mapping[str, Any], spec: QuantSpec) -> dict[str, in
     """
     elements, of_ranges = (sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (variables, variables.get(RANGES)))
     codes = ranges = quantized = 0
-    for path, leaf in weight_paths(variables["params"]).items():
+    layouts = plain_layouts(variables["params"]) if layouts is None else layouts
+    for path, leaf in weight_paths(variables["params"], layouts).items():
         site = spec.at(path)
         if site.weight_bits is not None:
             codes += packed_bytes(leaf.size, site.weight_bits)
-            ranges += _ranges(leaf.shape, site.weight_granularity)
+            ranges += layouts[path].ranges(leaf.shape, site.weight_granularity)
             quantized += leaf.size
     return {
         "weight_codes": codes,
@@ -136,4 +152,5 @@ def _ranges_of_image(shape: tuple[int, ...], granularity: str, ranges: str) -> i
 
 
 def _ranges(shape: tuple[int, ...], granularity: str) -> int:
-    return int(np.prod([shape[axis] for axis in kept_axes(granularity, len(shape))], dtype=np.int64))
+    kept = kept_axes(granularity_of(granularity, shape), len(shape))
+    return int(np.prod([shape[axis] for axis in kept], dtype=np.int64))

@@ -8,27 +8,51 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from granq_jax.checks import check_choice
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
 from granq_jax.quant import integer
 from granq_jax.quant.affine import QuantizedArray, quantize_codes
+from granq_jax.quant.collecting import Leave, Record, collected, is_array, over_arrays
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
+from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, layer_call, weight_grouping
 from granq_jax.quant.ranges import RANGES, codes_within, fake_quant_within, measured, moved
-from granq_jax.quant.spec import QuantSpec, in_full_precision
-from granq_jax.quant.storage import effective_act_bits, effective_bits
+from granq_jax.quant.spec import QuantSpec, granularity_of, in_full_precision
+from granq_jax.quant.storage import effective_act_bits, effective_weight
+from granq_jax.quant.survey import (
+    Interceptor,
+    Survey,
+    applied,
+    einsum_of,
+    first_input,
+    of_calls,
+    own_token,
+    surveyed,
+    token_of,
+    with_first_input,
+)
 from granq_jax.quant.weights import quantize_params, quantize_weight, weight_paths, weight_range
 
+_LOGGER = logging.getLogger(__name__)
+
 ARITHMETICS = ("float", "integer")
-OPERAND_MODULES = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+Watch = Callable[[nn.Module, Any], dict[str, jax.Array] | None]
+_KINDS = ("weight", "activation")
+_ACTIVATION, _WATCHED = "activation", "watched"
+_NO_WEIGHTS = ("bias", "scale")  # parameters that nobody takes for weights, if there are several of them in an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +60,14 @@ class Site:
     """One array of a model that is, or could have been, quantized.
 
     Attributes:
-      path: ``/``-joined path of the module.
+      path: ``/``-joined path of the module; of an array that is no layer's weight, its own.
       kind: ``"weight"`` or ``"activation"``.
       shape: of the array.
       bits: ``None`` where it stays in full precision.
       granularity: which of its elements share a range; ``None`` in full precision.
       effective_bits: bits an element, with float32 scales and zero points counted; of an activation, for
         one image, and without ranges that are kept.
+      plain_shape: of an activation, as ranges see it: (N, ..., C), with all axes of input channels as one.
     """
 
     path: str
@@ -51,6 +76,39 @@ class Site:
     bits: int | None
     granularity: str | None
     effective_bits: float
+    plain_shape: tuple[int, ...] | None = None
+
+
+class Shares(NamedTuple):
+    """How much of a model is quantized, from 0 to 1.
+
+    Attributes:
+      weights: of the numbers in parameters of two or more dimensions.
+      activations: of those in activations.
+    """
+
+    weights: float
+    activations: float
+
+
+def shares(sites: Iterable[Site]) -> Shares:
+    """How much of what ``sites`` lists is quantized.
+
+    Examples:
+      >>> sites = [Site("a", "weight", (3, 2), 4, "tensor", 4.0), Site("b", "weight", (1, 2), None, None, 32.0)]
+      >>> shares(sites)
+      Shares(weights=0.75, activations=0.0)
+    """
+    sizes = collections.Counter[tuple[str, bool]]()
+    for site in sites:
+        sizes[site.kind, site.bits is not None] += int(np.prod(site.shape, dtype=np.int64))
+    return Shares(*(sizes[kind, True] / max(sizes[kind, True] + sizes[kind, False], 1) for kind in _KINDS))
+
+
+def shares_in_words(sites: Iterable[Site]) -> str:
+    """:func:`shares` as a clause."""
+    of = shares(sites)
+    return f"{100 * of.weights:.1f} % of the weights and {100 * of.activations:.1f} % of the activations are quantized"
 
 
 class Observation(flax.struct.PyTreeNode):
@@ -99,7 +157,8 @@ class QuantizedModel:
           What ``model.apply`` returns.
 
         Raises:
-          ValueError: if the spec's placement, activation modules or an override match nothing.
+          ValueError: if the spec's placement, activation modules or an override match nothing, or if it
+            cannot be told which axes of a weight that is to be quantized are output features.
         """
         outputs, _ = self._apply(variables, args, kwargs)
         return outputs
@@ -107,18 +166,55 @@ class QuantizedModel:
     def apply_with_activations(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple[jax.Array, ...]]:
         """:meth:`apply`, and every activation as later layers read it, in the order of the calls.
 
-        With the bits of ``spec`` ``None`` these are the float model's.
+        With the bits of ``spec`` ``None`` these are the float model's. Of layers that a transform stacks, each
+        has its own.
         """
-        outputs, activations = self._apply(variables, args, kwargs)
-        return outputs, tuple(activation.quantized for activation in activations)
+        outputs, records = self._apply(variables, args, kwargs, keep=True)
+        return outputs, tuple(record.arrays["quantized"] for record in records)
 
-    def sites(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
-        """Every weight and activation with its bits and granularity; nothing is computed.
+    def apply_and_watch(
+        self, watch: Watch, variables: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, list[Record], tuple[jax.Array, ...]]:
+        """:meth:`apply_with_activations`, and what ``watch`` makes of the modules that are called.
 
+        Args:
+          watch: of a bound module and its first argument; returns arrays by name, or ``None``.
+          variables: as for ``apply``.
+          *args: as for ``apply``.
+          **kwargs: as for ``apply``.
+
+        Returns:
+          What ``model.apply`` returns; a record of each call for which there were arrays; the activations.
+        """
+        outputs, records = self._apply(variables, args, kwargs, keep=True, watch=watch)
+        activations = tuple(record.arrays["quantized"] for record in records if record.kind == _ACTIVATION)
+        return outputs, [record for record in records if record.kind != _ACTIVATION], activations
+
+    def layouts(self, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Layout]:
+        """Which axes of each weight are output features, by the path of its module; nothing is computed.
+
+        For :func:`~granq_jax.quant.quantize_params` and other functions of parameters alone, which cannot know.
         Takes what ``apply`` takes.
         """
-        observations = jax.eval_shape(lambda v: self.observe(v, v, *args, **kwargs), variables)
-        return tuple(observation.site for observation in observations)
+        return dict(self._surveyed(nn.meta.unbox(variables), args, kwargs).layouts)
+
+    def sites(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+        """Every array of two or more dimensions of ``params``, and every activation; nothing is computed.
+
+        Each is there once, with its bits and granularity; what stays in full precision, as such. Weights that
+        the spec would have quantized, but that belong to no layer that is known, are named in a warning.
+        Takes what ``apply`` takes; of arrays, shapes and dtypes are enough.
+        """
+
+        def observed(variables, args, kwargs):
+            return self.observe(variables, variables, *args, **kwargs)
+
+        of_arrays, arrays = over_arrays(observed, variables, args, kwargs)
+        sites = tuple(observation.site for observation in jax.eval_shape(of_arrays, *arrays))
+        left = [site.path for site in sites if site.kind == "weight" and not site.bits and self._is_left(site.path)]
+        if left:
+            _LOGGER.warning("%s; not those of %s", shares_in_words(sites), ", ".join(left))
+        return sites
 
     def observe(self, teacher: Any, variables: Any, *args: Any, **kwargs: Any) -> tuple[Observation, ...]:
         """How far quantization moves every weight and every activation of one batch.
@@ -142,51 +238,126 @@ class QuantizedModel:
           >>> weight.site.kind, weight.code_counts.sum().item()
           ('weight', 6)
         """
+        teacher, variables = nn.meta.unbox(teacher), nn.meta.unbox(variables)
         in_full = dataclasses.replace(self, spec=in_full_precision(self.spec), impl="xla", arithmetic="float")
-        _, teachers = in_full._apply(teacher, args, kwargs)
-        _, students = dataclasses.replace(self, impl="xla", arithmetic="float")._apply(variables, args, kwargs)
-        teachers_weights, weights = weight_paths(teacher["params"]), weight_paths(variables["params"])
+        _, teachers = in_full._apply(teacher, args, kwargs, keep=True)
+        _, students = dataclasses.replace(self, impl="xla", arithmetic="float")._apply(
+            variables, args, kwargs, keep=True
+        )
+        layouts = self._surveyed(variables, args, kwargs).layouts
+        of_teacher = flax.traverse_util.flatten_dict(teacher["params"])
         return tuple(
             [
-                self._observation(path, "weight", x, weight_range(x, self.spec.at(path)), teachers_weights[path])
-                for path, x in weights.items()
+                self._weight_observation(keys, x, of_teacher[keys], layouts)
+                for keys, x in flax.traverse_util.flatten_dict(variables["params"]).items()
+                if x.ndim >= 2
             ]
             + [
-                self._observation(student.path, "activation", student.x, student.within, of_teacher.x)
+                self._activation_observation(student, of_teacher)
                 for student, of_teacher in zip(students, teachers, strict=True)
             ]
         )
 
-    def _observation(
-        self, path: str, kind: str, x: jax.Array, within: jax.Array | None, reference: jax.Array
+    def _weight_observation(
+        self, keys: tuple[str, ...], x: jax.Array, reference: jax.Array, layouts: Mapping[str, Layout]
     ) -> Observation:
-        site = _site(path, kind, x.shape, self.spec.at(path))
-        return Observation(site, *_errors_and_counts(site.bits, site.granularity, x, within, reference))
+        path, spec = "/".join(keys[:-1]), self.spec.at("/".join(keys[:-1]))
+        if keys[-1] != WEIGHT or path not in layouts or spec.weight_bits is None:
+            site = Site(path if keys[-1] == WEIGHT else "/".join(keys), "weight", x.shape, None, None, 32.0)
+            return Observation(site, *_errors_and_counts(None, None, x, None, reference))
+        layout, bits, granularity = layouts[path], spec.weight_bits, spec.weight_granularity
+        effective = effective_weight(x.shape, bits, granularity, layout)
+        site = Site(path, "weight", x.shape, bits, granularity, effective)
+        grouping, of_groups = weight_grouping(layout, granularity)
+        within = weight_range(x, spec, layout)
+        x, reference = grouping.merged(x), grouping.merged(reference)
+        return Observation(site, *_errors_and_counts(bits, of_groups, x, within, reference))
 
-    def _apply(self, variables, args, kwargs):
-        """The model's outputs, and the activations that were met."""
-        activations: list[_Activation] = []
-        codes: dict[int, QuantizedArray] = {}  # of activations, by the identity of the array they stand for
+    def _activation_observation(self, student: Record, teacher: Record) -> Observation:
+        spec, x, shape = self.spec.at(student.path), student.arrays["x"], student.arrays["quantized"].shape
+        effective = 32.0
+        if spec.act_bits is not None:
+            effective = effective_act_bits(x.shape, spec.act_bits, spec.act_granularity, spec.act_ranges)
+        granularity = None if spec.act_bits is None else spec.act_granularity
+        site = Site(student.path, "activation", shape, spec.act_bits, granularity, effective, x.shape)
+        within = student.arrays["within"]
+        return Observation(site, *_errors_and_counts(spec.act_bits, granularity, x, within, teacher.arrays["x"]))
+
+    def _is_left(self, path: str) -> bool:
+        """Whether the spec would quantize an array that stays in full precision, if it were a layer's weight."""
+        module, _, name = path.rpartition("/")
+        return name not in _NO_WEIGHTS and any(self.spec.at(p).weight_bits is None for p in (path, module)) is False
+
+    def _surveyed(self, variables: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
+        """The survey of the model, in which the spec was found to match something."""
+        survey = surveyed(self.model, variables, args, kwargs)
+        self._check_matched(survey)
+        for path, reason in survey.unknown.items():
+            if self.spec.at(path).weight_bits is not None:
+                raise ValueError(
+                    f"QuantSpec.weight_bits: the weight of {path!r} cannot be quantized: {reason}; leave it in full "
+                    f"precision with the override ({f'^{re.escape(path)}$'!r}, dict(weight_bits=None))"
+                )
+        return survey
+
+    def _apply(
+        self,
+        variables: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        keep: bool = False,
+        watch: Watch | None = None,
+    ) -> tuple[Any, list[Record]]:
+        """The model's outputs, and records of its activations and of what was watched."""
+        variables = nn.meta.unbox(dict(variables))
+        survey = self._surveyed(variables, args, kwargs)
+        params = variables.get("params", {})
+        how = self.spec, self.impl, self.axis_name, self.arithmetic
+        # On integers, what intercepts holds weights of this call.
+        token = own_token() if self.arithmetic == "integer" else token_of(*how, keep, watch)
+
+        def run(leave, variables, args, kwargs):
+            interceptor = of_calls(self._interceptor(leave, watch, params, survey, RANGES in variables))
+            return applied(self.model, interceptor, token, variables, args, kwargs)
+
+        if "params" in variables:
+            quantized = quantize_params(params, self.spec, self.impl, survey.layouts)
+            variables = {**variables, "params": quantized}
+        if not keep:
+            return run(lambda x, /, *_, **__: x, variables, args, kwargs), []
+        return collected(run, variables, args, kwargs, is_lifted=survey.is_lifted)
+
+    def _interceptor(
+        self, leave: Leave, watch: Watch | None, params: Any, survey: Survey, has_ranges: bool
+    ) -> Interceptor:
+        codes: dict[int, tuple[jax.Array, QuantizedArray]] = {}  # of activations, by the identity of the array
         calls: collections.Counter[str] = collections.Counter()
-        matched_modules: set[str | type] = set()
+        weights = weight_paths(params, survey.layouts)
 
-        def quantized(module, x):
+        def quantized(module, x, grouping=None):
             path = "/".join(module.path)
-            site = self.spec.at(path)
+            site, shape = self.spec.at(path), x.shape
+            if len(shape) < 2:
+                raise ValueError(
+                    f"QuantSpec.placement: {self.spec.placement!r} finds an array of shape {shape} at {path!r}; "
+                    "allowed are two or more dimensions, samples first"
+                )
+            x = x if grouping is None else grouping.merged(x)
             y, within = x, None
             if site.act_bits is not None and site.act_ranges == "moving_average":
-                within = self._range(module, f"range{calls[path]}", x, site.act_granularity)
+                within = self._range(module, f"range{calls[path]}", x, site.act_granularity, has_ranges)
                 calls[path] += 1
                 y = fake_quant_within(x, within, site.act_bits)
             elif site.act_bits is not None:
                 y = fake_quant(
                     x, bits=site.act_bits, granularity=site.act_granularity, impl=self.impl, axis_name=self.axis_name
                 )
+            y = y if grouping is None else grouping.split(y, shape)
+            y = leave(y, _ACTIVATION, path, x=x, quantized=y, within=within)
             on_integers = self.arithmetic == "integer" and site.act_granularity in integer.ACT_GRANULARITIES
             if on_integers and site.act_bits is not None:
                 of_batch = measured(x, site.act_granularity, self.axis_name) if within is None else within
-                codes[id(y)] = codes_within(x, of_batch, site.act_bits)
-            activations.append(_Activation(path, x, y, within))  # which keeps it, and so its identity
+                codes[id(y)] = y, codes_within(x, of_batch, site.act_bits)
             return y
 
         def on_codes(module, x):
@@ -197,61 +368,94 @@ class QuantizedModel:
             site, kernel = self.spec.at(path), weights.get(path)
             if kernel is None or site.weight_granularity not in integer.WEIGHT_GRANULARITIES:
                 return None
-            w = quantize_weight(kernel, site)
-            if w is None or not integer.can_be_summed(module, w, codes[id(x)]):
+            w, (_, q) = quantize_weight(kernel, site), codes[id(x)]
+            if w is None or not survey.layouts[path].is_plain or not integer.can_be_summed(module, w, q):
                 return None
-            y = integer.integer_layer(module, codes[id(x)], w).astype(x.dtype)
+            y = integer.integer_layer(module, q, w).astype(x.dtype)
             return integer.without_gradient(y, x, kernel)
 
-        def interceptor(next_call, call_args, call_kwargs, context):
+        def at_operand(next_call, args, kwargs, module):
+            x = jnp.asarray(first_input(args, kwargs))
+            weight = module.get_variable("params", WEIGHT)
+            operand = layer_call(
+                module, None if weight is None else weight.shape, x.ndim, einsum_of(module, args, kwargs)
+            ).operand
+            path = "/".join(module.path)
+            if operand is None and self.spec.at(path).act_bits is not None:
+                raise ValueError(
+                    f"QuantSpec.act_bits: the input of {path!r} cannot be quantized: {type(module).__name__} does not "
+                    "tell which of its axes are input channels; leave it in full precision with the override "
+                    f"({f'^{re.escape(path)}$'!r}, dict(act_bits=None))"
+                )
+            x = quantized(module, x, None if operand is None else operand.grouping(x.ndim))
+            y = on_codes(module, x)
+            if y is not None:
+                return y
+            args, kwargs = with_first_input(args, kwargs, x)
+            return next_call(*args, **kwargs)
+
+        def fused(args, kwargs, module):
+            """The output of a module whose end one kernel computes with the quantizer, or ``None``."""
+            epilogue = _epilogue(module, *args, **kwargs)
+            if epilogue is None:
+                return None
+            site = self.spec.at(epilogue.path)
+            granularity = granularity_of(site.act_granularity, epilogue.x.shape)
+            if site.act_bits is None or not has_kernel(epilogue.x, granularity):
+                return None
+            y = norm_act_fake_quant(
+                epilogue.x,
+                bits=site.act_bits,
+                norm=epilogue.norm,
+                residual=epilogue.residual,
+                activation=epilogue.activation,
+                impl=self.impl,
+            )
+            return leave(y, _ACTIVATION, epilogue.path, x=epilogue.x, quantized=y, within=None)
+
+        def interceptor(next_call, args, kwargs, context):
             module = context.module
-            if context.method_name != "__call__":
-                return next_call(*call_args, **call_kwargs)
+            if watch is not None and (x := first_input(args, kwargs)) is not None:
+                seen = watch(module, x)
+                if seen is not None:
+                    args, kwargs = with_first_input(args, kwargs, leave(x, _WATCHED, "/".join(module.path), **seen))
             if self.spec.placement == "operand":
-                if not isinstance(module, OPERAND_MODULES):
-                    return next_call(*call_args, **call_kwargs)
-                x = quantized(module, call_args[0] if call_args else call_kwargs.pop("inputs"))
-                y = on_codes(module, x)
-                return next_call(x, *call_args[1:], **call_kwargs) if y is None else y
-            named = {wanted for wanted in self.spec.activation_modules if _is_of_class(type(module), wanted)}
-            matched_modules.update(named)
-            if codes and isinstance(module, OPERAND_MODULES):
-                y = on_codes(module, call_args[0] if call_args else call_kwargs["inputs"])
+                if not isinstance(module, LAYERS):
+                    return next_call(*args, **kwargs)
+                return at_operand(next_call, args, kwargs, module)
+            is_named = any(_is_of_class(type(module), wanted) for wanted in self.spec.activation_modules)
+            if codes and isinstance(module, LAYERS):
+                y = on_codes(module, first_input(args, kwargs))
                 if y is not None:
-                    return quantized(module, y) if named else y
-            fusible = type(module) in (NormAct, Activation) and not named and self.impl != "xla"
-            epilogue = _epilogue(module, *call_args, **call_kwargs) if fusible else None
-            if epilogue is not None:
-                site = self.spec.at(epilogue.path)
-                if site.act_bits is not None and has_kernel(epilogue.x, site.act_granularity):
-                    y = norm_act_fake_quant(
-                        epilogue.x,
-                        bits=site.act_bits,
-                        norm=epilogue.norm,
-                        residual=epilogue.residual,
-                        activation=epilogue.activation,
-                        impl=self.impl,
-                    )
-                    activations.append(_Activation(epilogue.path, epilogue.x, y, None))
-                    # The module that NormAct would have called.
-                    matched_modules.update(w for w in self.spec.activation_modules if _is_of_class(Activation, w))
+                    return quantized(module, y) if is_named else y
+            if type(module) in (NormAct, Activation) and not is_named and self.impl != "xla":
+                y = fused(args, kwargs, module)
+                if y is not None:
                     return y
-            outputs = next_call(*call_args, **call_kwargs)
-            return quantized(module, outputs) if named or isinstance(module, Activation) else outputs
+            outputs = next_call(*args, **kwargs)
+            if not is_named and not isinstance(module, Activation):
+                return outputs
+            if not is_array(outputs):
+                raise ValueError(
+                    f"QuantSpec.activation_modules: {'/'.join(module.path)!r} of class {type(module).__name__} returns "
+                    f"a {type(outputs).__name__}, allowed are modules that return one array"
+                )
+            return quantized(module, outputs)
 
-        weights = weight_paths(variables["params"])
-        quantized_params = quantize_params(variables["params"], self.spec, self.impl)
-        with nn.intercept_methods(interceptor):
-            outputs = self.model.apply({**variables, "params": quantized_params}, *args, **kwargs)
-        self._check_matched(list(weights), activations, matched_modules)
-        return outputs, activations
+        return interceptor
 
-    def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str) -> jax.Array:
+    def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str, has_ranges: bool) -> jax.Array:
         """The moving average to quantize an activation of ``module`` with, moved first where it may be."""
         average: jax.Array | None = module.get_variable(RANGES, name)
         moves = module.is_mutable_collection(RANGES)
         if average is not None and not moves:
             return average
+        if average is None and has_ranges and not moves:
+            raise ValueError(
+                f"QuantSpec.act_ranges: got 'moving_average', but no range is kept for {'/'.join(module.path)!r}: either "
+                "the ranges are another model's, or a transform does not let them in; allowed are act_ranges='dynamic', "
+                f"or nn.scan and nn.vmap with {RANGES!r} among their variable_axes"
+            )
         within = measured(x, granularity, self.axis_name)
         if average is not None:
             within = moved(average, within)
@@ -259,25 +463,32 @@ class QuantizedModel:
             module.put_variable(RANGES, name, within)
         return within
 
-    def _check_matched(self, weights, activations, matched_modules):
-        name = type(self.model).__name__
-        if self.spec.weight_bits is not None and not weights:
-            raise ValueError(f"QuantSpec.weight_bits: {name} has no parameter named 'kernel' to quantize")
-        if self.spec.act_bits is not None and not activations:
-            what = "no Activation module" if self.spec.placement == "activation" else "no convolution or dense layer"
+    def _check_matched(self, survey: Survey) -> None:
+        name, weights, spec = type(self.model).__name__, survey.layouts, self.spec
+        if spec.weight_bits is not None and not weights and not survey.unknown:
             raise ValueError(
-                f"QuantSpec.placement: {self.spec.placement!r} matches nothing in {name}: {what} was called. "
+                f"QuantSpec.weight_bits: {name} has no weight to quantize: no flax.linen layer of "
+                f"{', '.join(layer.__name__ for layer in LAYERS)} with a parameter named {WEIGHT!r} was called"
+            )
+        if spec.placement == "operand":
+            activations = [path for path, cls in survey.calls if issubclass(cls, LAYERS)]
+        else:
+            classes = (Activation, *spec.activation_modules)
+            activations = [path for path, cls in survey.calls if any(_is_of_class(cls, wanted) for wanted in classes)]
+        if spec.act_bits is not None and not activations:
+            what = "no Activation module" if spec.placement == "activation" else "no convolution or dense layer"
+            raise ValueError(
+                f"QuantSpec.placement: {spec.placement!r} matches nothing in {name}: {what} was called. "
                 "Allowed are placement='operand', or placement='activation' with the model's own activation "
                 f"classes named in activation_modules; the layers with weights are {', '.join(weights)}"
             )
-        for wanted in self.spec.activation_modules:
-            if wanted not in matched_modules:
-                paths = ", ".join(activation.path for activation in activations) or "none"
+        for wanted in spec.activation_modules:
+            if not any(_is_of_class(cls, wanted) for _, cls in survey.calls):
                 raise ValueError(
                     f"QuantSpec.activation_modules: no module of class {wanted!r} was called in {name}; "
-                    f"the activations that were met are {paths}"
+                    f"the activations that were met are {', '.join(activations) or 'none'}"
                 )
-        self.spec.check_overrides_match(weights, [activation.path for activation in activations])
+        spec.check_overrides_match([*weights, *survey.unknown], activations)
 
 
 def quantize(
@@ -322,8 +533,7 @@ def quantize(
       >>> [(site.path, site.kind, site.bits) for site in student.sites(variables, x)][:2]
       [('layers_0', 'weight', 4), ('layers_2', 'weight', 4)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, allowed is an instance of flax.linen.Module")
+    check_linen("model", model)
     if not isinstance(spec, QuantSpec):
         raise TypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
     check_choice("impl", impl, IMPLEMENTATIONS)
@@ -345,20 +555,17 @@ def quantize(
     return QuantizedModel(model, spec, impl, axis_name, arithmetic)
 
 
-class _Activation(NamedTuple):
-    """An activation that was met.
-
-    Attributes:
-      path: of its module.
-      x: before it was quantized; where what comes before is fused with the quantizer, before that.
-      quantized: after it.
-      within: the moving average that it was quantized with, if it was with one.
-    """
-
-    path: str
-    x: jax.Array
-    quantized: jax.Array
-    within: jax.Array | None
+def check_linen(field: str, model: Any) -> None:
+    """Raises a ``TypeError``, naming ``field``, if ``model`` is not a linen module; what to do if it is one of nnx."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, flax.nnx.Module):
+        raise TypeError(
+            f"{field}: got {type(model).__name__}, a module of flax.nnx, which cannot be quantized yet; allowed is an "
+            "instance of flax.linen.Module: write the network in linen and give it the same values as variables"
+        )
+    got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"{field}: got {got}, allowed is an instance of flax.linen.Module")
 
 
 class _Epilogue(NamedTuple):
@@ -414,16 +621,3 @@ def _relative_error(x: jax.Array, reference: jax.Array) -> jax.Array:
     # An array of zeros that is met exactly has no error, not 0 / 0.
     tiny = jnp.finfo(reference.dtype).tiny
     return jnp.linalg.norm((x - reference).ravel()) / jnp.maximum(jnp.linalg.norm(reference.ravel()), tiny)
-
-
-def _site(path: str, kind: str, shape: tuple[int, ...], spec: QuantSpec) -> Site:
-    bits, granularity = (
-        (spec.weight_bits, spec.weight_granularity) if kind == "weight" else (spec.act_bits, spec.act_granularity)
-    )
-    if bits is None:
-        return Site(path, kind, tuple(shape), None, None, 32.0)
-    if kind == "weight":
-        effective = effective_bits(shape, bits, granularity)
-    else:
-        effective = effective_act_bits(shape, bits, granularity, spec.act_ranges)
-    return Site(path, kind, tuple(shape), bits, granularity, effective)

@@ -13,7 +13,7 @@ from granq_jax.memory import without_collecting
 from granq_jax.platforms import traced_for
 from granq_jax.quant import ActivationStorage, Observation, activation_storage, quantize, storage_bytes
 from granq_jax.quant.weights import weight_paths
-from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
+from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode, random_key
 
 CLASSES_SHOWN = 10
 # At 224 pixels an image's activations take up to 50 MB.
@@ -56,7 +56,7 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
     @jax.jit
     def inspect(generator_variables, teacher, student_variables):
         # A stream of its own: not that of the steps, nor of the generator's weights.
-        key = jax.random.fold_in(jax.random.key(trainer.seed), 2**31 - 2)
+        key = jax.random.fold_in(random_key(trainer.seed), 2**31 - 2)
         z = jax.random.normal(key, (len(labels), trainer.latent), trainer.dtype)
         with traced_for(jax.local_devices()):
             images, _ = generator.apply(generator_variables, z, labels, mutable=["batch_stats"])

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from granq_jax.build import make_trainer
 from granq_jax.config import check_config, load_config
-from granq_jax.evaluate import newest_state, teacher_of_run
+from granq_jax.evaluate import state_of_run, teacher_of_run
 from granq_jax.record import STARTS
 from granq_jax.reporting.inspection import Inspection, inspector
 
@@ -53,7 +53,7 @@ def read_run(workdir: str | Path) -> RunRecord:
     config = load_config(workdir / "config.json")
     check_config(config)
     trainer = make_trainer(config)
-    step, state = newest_state(trainer, workdir)
+    step, state = state_of_run(trainer, workdir)
     inspection = inspector(trainer, teacher_of_run(config, workdir))(state)
     return run_record(workdir, config, _result(workdir / "result.json"), step, inspection)
 

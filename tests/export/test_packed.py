@@ -3,6 +3,7 @@
 import json
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,10 @@ import safetensors.numpy
 
 from granq_jax import QuantSpec, create_model, quantize
 from granq_jax.export import load_packed, save_packed
+from granq_jax.export import packed as packed_module
 from granq_jax.quant import quantize_params, storage_bytes
 from granq_jax.quant.spec import WEIGHT_GRANULARITIES
+from tests.conftest import one_line_error
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
 
@@ -90,6 +93,84 @@ def test_what_is_not_quantized_is_kept_as_it_is(tmp_path):
     assert packed.spec == QuantSpec(
         weight_bits=None, placement="operand", overrides=(("layers_1", {"act_bits": None}),)
     )
+
+
+class Normalised(nn.Module):
+    """A layer whose wrapper names its variables by paths: keys with slashes."""
+
+    wrapper: type
+    options: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x)).mean((1, 2))
+        return self.wrapper(nn.Dense(10))(x, **dict(self.options))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Normalised(nn.WeightNorm), Normalised(nn.SpectralNorm, (("update_stats", False),))],
+    ids=["WeightNorm", "SpectralNorm"],
+)
+def test_keys_with_slashes_come_back(tmp_path, model):
+    images = np.asarray(jax.random.normal(jax.random.key(0), (2, 8, 8, 1)))
+    variables = jax.device_get(model.init(jax.random.key(1), images))
+    assert any("/" in key for keys in flax.traverse_util.flatten_dict(variables) for key in keys)
+    spec = QuantSpec(weight_bits=4, act_bits=4, placement="operand")
+    save_packed(tmp_path / "a.safetensors", variables, spec)
+    packed = load_packed(tmp_path / "a.safetensors")
+    assert jax.tree.structure(packed.variables) == jax.tree.structure(variables)
+    assert_same(packed.variables["params"], quantize_params(variables["params"], spec, "xla"))
+    quantize(model, packed.spec).apply(packed.variables, images)
+
+
+def test_any_tree_of_dictionaries_comes_back(tmp_path):
+    kernel = np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)
+    variables = {
+        "params": {"a": {"b/kernel": kernel, "%2F": {"kernel": kernel}}, "a/b": {"kernel": kernel[:2]}, "c": {}},
+        "batch_stats": {},
+        "100%": {"count": np.int32(3)},
+    }
+    save_packed(tmp_path / "a.safetensors", variables, QuantSpec(weight_bits=None))
+    assert_same(load_packed(tmp_path / "a.safetensors").variables, variables)
+
+
+@pytest.mark.parametrize("leaf", [(np.ones(2), np.ones(2)), [1.0], "text", None], ids=lambda leaf: type(leaf).__name__)
+def test_what_is_no_array_is_refused(tmp_path, leaf):
+    with one_line_error(ValueError, "variables", "'cache/carry'", type(leaf).__name__, "arrays"):
+        save_packed(tmp_path / "a.safetensors", {"params": {}, "cache": {"carry": leaf}}, QuantSpec())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_can_be_read(tmp_path, monkeypatch):
+    block = {"conv": {"kernel": np.ones((1, 1), np.float32)}, "norm": dict.fromkeys(("scale", "bias"), np.ones(1))}
+    params = {f"stage{number}_{'x' * 2000}": block for number in range(40)}
+    save_packed(tmp_path / "a.safetensors", {"params": params}, QuantSpec())
+    with (tmp_path / "a.safetensors").open("rb") as file:
+        assert int.from_bytes(file.read(8), "little") > 1 << 18
+    assert load_packed(tmp_path / "a.safetensors").variables["params"].keys() == params.keys()
+    monkeypatch.setattr(packed_module, "MAX_HEADER_BYTES", 1 << 18)
+    with one_line_error(ValueError, "variables", "160 arrays", str(1 << 18)):
+        save_packed(tmp_path / "b.safetensors", {"params": params}, QuantSpec())
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("shapes", [((4_000_000, 1), (1, 400_000)), ((4_000_000,), (400_000, 1)), ((4, 6), (4, 6, 2))])
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path, shapes):
+    of_codes, of_ranges = shapes
+    header = json.dumps(
+        {
+            "format": 1,
+            "network": "",
+            "spec": {},
+            "codes": {"head": [2, of_codes, "float32"]},
+        }
+    )
+    packed = np.zeros(-(-int(np.prod(of_codes)) // 4), np.uint8)
+    tensors = {"params/head/kernel": packed, "params/head/kernel.ranges": np.ones((2, *of_ranges), np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors", {"granq_jax": header})
+    with one_line_error(ValueError, "a.safetensors", "ranges", "head"):
+        load_packed(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

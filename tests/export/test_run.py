@@ -11,7 +11,7 @@ from granq_jax import create_model, load_config, quantize
 from granq_jax.build import make_trainer
 from granq_jax.checkpoint import Checkpoints
 from granq_jax.data import load_split
-from granq_jax.evaluate import evaluate_run, newest_state
+from granq_jax.evaluate import evaluate_run, state_of_run
 from granq_jax.export import export_run, load_packed
 from granq_jax.main import main
 from granq_jax.quant.weights import quantize_params
@@ -53,7 +53,7 @@ def test_the_packed_variables_are_those_of_the_student(exported):
     workdir, _ = exported
     packed = load_packed(workdir / "export" / "student.safetensors")
     trainer = make_trainer(load_config(workdir / "config.json"))
-    student = newest_state(trainer, workdir)[1].student
+    student = state_of_run(trainer, workdir)[1].student
     student = {**student, "params": quantize_params(student["params"], trainer.spec, "xla")}
     chex.assert_trees_all_equal(packed.variables, student)
     pixels = load_split("digits", "test").images[:200]

@@ -51,5 +51,6 @@ def test_quantize_codes_is_the_same_by_kernel(granularity, shape):
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_it_lowers_for_gpus(platform):
     x = jax.ShapeDtypeStruct((2, 7, 7, 24), jnp.bfloat16)
-    lowered = jax.jit(lambda x: quantize_codes(x, bits=3)).trace(x).lower(lowering_platforms=(platform,))
+    traced = jax.jit(lambda x: quantize_codes(x, bits=3, impl="pallas")).trace(x)
+    lowered = traced.lower(lowering_platforms=(platform,))
     assert codes.NAME in lowered.as_text()

@@ -9,7 +9,7 @@ def groups(shape, granularity):
     """Index tuples (slices) of the groups of elements that share a range."""
     ndim = len(shape)
     kept = {
-        "sample_channel": {0} if ndim == 2 else {0, ndim - 1},
+        "sample_channel": {0} if max(shape[1:-1], default=1) == 1 else {0, ndim - 1},  # one pixel is no channel map
         "sample": {0},
         "channel": {ndim - 1},
         "tensor": set(),

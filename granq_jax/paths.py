@@ -1,0 +1,25 @@
+"""Paths as they are typed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def expanded(path: str | os.PathLike, field: str) -> Path:
+    """``path``, where ``~`` and ``~USER`` at its beginning are homes: a shell leaves that in ``--flag=~/file`` undone.
+
+    Raises:
+      ValueError: that names ``field``, if there is no such user.
+
+    Examples:
+      >>> expanded("runs/a", "workdir"), expanded("~/runs", "workdir") == Path.home() / "runs"
+      (PosixPath('runs/a'), True)
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{field}: got {str(path)!r}, but whose home that is is not known; a path that begins so is allowed as "
+            f"{os.path.join('.', path)!r}"
+        ) from None
