@@ -1,8 +1,8 @@
 """Images a second of quantized evaluation, beside the same arithmetic in PyTorch.
 
-    python benchmarks/evaluate.py [--images 2000] [--batch 64] [--rounds 5] [--json]
+    python benchmarks/evaluate.py [--network resnet20_cifar10] [--images N] [--batch N] [--rounds 5] [--json]
 
-CIFAR's ResNet-20 at W3A3 on random images, float32, all cores. Our side is the product's own
+A network at W3A3 on random images, random weights, float32, all cores. Our side is the product's own
 evaluation, from uint8 images in memory to an accuracy; the baseline does the same in the faster of two
 memory formats. Each side runs in a process of its own, in turns. Needs PyTorch: ``pip install -e
 ".[parity]"``.
@@ -14,19 +14,20 @@ import statistics
 import time
 
 import numpy as np
+from joint_step import CONFIGS
 from turns import FORMATS, OURS, beside_pytorch, measure_in_turns
 
 from granq_jax.data import DATASETS
-
-CIFAR10 = DATASETS["cifar10"]
-
-
-def examples(count):
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count, np.int32)
+from granq_jax.models.registry import network as registered
 
 
-def ours(count, batch):
+def examples(network, count):
+    info, rng = registered(network), np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, info.image_size, info.image_size, info.channels), np.uint8)
+    return images, rng.integers(0, info.classes, count, np.int32)
+
+
+def ours(network, count, batch):
     import jax
     import jax.numpy as jnp
 
@@ -37,16 +38,22 @@ def ours(count, batch):
     from granq_jax.splits import MemorySplit
 
     halve_cpu([batch])
-    trainer = make_trainer(load_config("paper/cifar10_w3a3"))
-    evaluate = student_accuracy(trainer, MemorySplit(CIFAR10, *examples(count)), batch, jax.local_devices())
-    variables = jax.jit(trainer.model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    config = load_config(CONFIGS[network])
+    trainer, images = make_trainer(config), examples(network, count)
+    split = MemorySplit(DATASETS[config.dataset], *images)
+    evaluate = student_accuracy(trainer, split, batch, jax.local_devices())
+    variables = jax.jit(trainer.model.init)(jax.random.key(0), jnp.zeros((1, *images[0].shape[1:])))
     return _rate(lambda: evaluate(variables), count)
 
 
-def baseline(count, batch, memory_format):
+def baseline(network, count, batch, memory_format):
     from torch_baseline import Evaluation
 
-    return _rate(Evaluation(*examples(count), batch, memory_format, CIFAR10.mean, CIFAR10.std), count)
+    from granq_jax import load_config
+
+    dataset = DATASETS[load_config(CONFIGS[network]).dataset]
+    take = Evaluation(*examples(network, count), batch, memory_format, dataset.mean, dataset.std, network=network)
+    return _rate(take, count)
 
 
 def _rate(evaluate, count):
@@ -58,13 +65,14 @@ def _rate(evaluate, count):
     return measure
 
 
-def compare(count, batch, rounds):
+def compare(network, count, batch, rounds):
     """Measures both sides and returns all figures."""
-    results = measure_in_turns(beside_pytorch(ours, baseline, (count, batch)), rounds)
+    results = measure_in_turns(beside_pytorch(ours, baseline, (network, count, batch)), rounds)
     rates = {name: [r["images_per_second"] for r in side["rounds"]] for name, side in results.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     fastest = max(FORMATS, key=medians.get)
     return {
+        "network": network,
         "images": count,
         "batch": batch,
         "images_per_second": medians[OURS],
@@ -77,16 +85,22 @@ def compare(count, batch, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--network", choices=CONFIGS, default="resnet20_cifar10")
+    parser.add_argument("--images", type=int, help="by default 2000 small ones or 96 large ones")
+    parser.add_argument("--batch", type=int, help="by default that of the config: 64 or 48")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    figures = compare(options.images, options.batch, options.rounds)
+    small = registered(options.network).image_size == 32
+    images, batch = options.images or (2000 if small else 96), options.batch or (64 if small else 48)
+    figures = compare(options.network, images, batch, options.rounds)
     if options.json:
         print(json.dumps(figures, indent=2))
         return
-    print(f"{figures['images']} images in batches of {figures['batch']}, medians of {options.rounds} rounds")
+    print(
+        f"{figures['network']}, {figures['images']} images in batches of {figures['batch']}, medians of "
+        f"{options.rounds} rounds"
+    )
     print(f"granq_jax {figures['images_per_second']:.0f} images/s")
     print(f"PyTorch   {figures['torch_images_per_second']:.0f} images/s ({figures['torch_memory_format']})")
     print(f"ratio {figures['ratio']:.2f}")

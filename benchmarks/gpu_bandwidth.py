@@ -37,6 +37,8 @@ def run(context: Context) -> None:
     for batch in _batched(chosen, BATCH):
         if context.left > 10:
             ahead.append([(case, _compiled(case, context, compiler)) for case in batch])
+        else:
+            print(f"left out: {len(batch)} cases from {batch[0].name} {batch[0].shape} {batch[0].dtype} on", flush=True)
         if len(ahead) > 2:
             _measure(ahead.pop(0), context, table)
     for batch in ahead:
@@ -63,6 +65,7 @@ def _compiled(case, context, compiler):
 def _measure(batch, context, table):
     """Times the cases of a batch in one trace; if that fails, each by itself, so that the fault is one row's."""
     if context.left < 3:
+        print(f"left out: {len(batch)} cases from {batch[0][0].name} {batch[0][0].shape} on", flush=True)
         return
     try:
         rows = _rows(batch, context)

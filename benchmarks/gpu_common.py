@@ -26,19 +26,18 @@ class Table:
     """A CSV file of which every row is on disk when :meth:`add` returns."""
 
     def __init__(self, path: Path, columns: Sequence[str]):
-        self.columns = [*columns, "error"]
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, self.columns, restval="", lineterminator="\n")
-        self._writer.writeheader()
-        self._file.flush()
+        self.path, self.columns = path, [*columns, "error"]
+        self._write("w", dict(zip(self.columns, self.columns, strict=True)))
 
     def add(self, **values: Any) -> None:
         """Adds a row; numbers are written with five digits."""
-        self._writer.writerow(
-            {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}
-        )
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write("a", {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()})
+
+    def _write(self, mode: str, row: dict[str, Any]) -> None:
+        with self.path.open(mode, newline="") as file:
+            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @dataclasses.dataclass

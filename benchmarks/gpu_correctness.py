@@ -36,7 +36,7 @@ def run(context: Context) -> None:
     parts = (_kernels, _agreement, _golden, _gradients, _rest)
     for part in parts:
         if context.left < 5:
-            print(f"no time for {part.__name__.strip('_')}")
+            print(f"left out: {part.__name__.strip('_')}", flush=True)
             continue
         part(context, table)
 
@@ -70,6 +70,10 @@ def _check(chosen, context, table):
     for batch in [*batches, None]:
         if batch is not None and context.left > 5:
             ahead.append([_compiled(case, context, compiler) for case in batch])
+        elif batch is not None:
+            print(
+                f"left out: {len(batch)} kernels from {batch[0].name} {batch[0].shape} {batch[0].dtype} on", flush=True
+            )
         if len(ahead) > 1 or (ahead and batch is None):
             for case, kernel, judge in ahead.pop(0):
                 _check_one(case, kernel, judge, table)

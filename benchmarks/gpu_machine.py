@@ -1,8 +1,9 @@
-"""Part a: what the machine is, and what it reaches: copies and matrix products."""
+"""Part a: what the machine is, and what it reaches: copies, matrix products and convolutions."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -14,7 +15,10 @@ from gpu_common import Compiler, Context, Program, named, reason, rotation, time
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin")
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
 SIZES = (2**20, 2**22, 2**24, 2**26, 2**28)  # float32 elements
-PRECISIONS = (("float32", "highest"), ("float32", "tensorfloat32"), ("bfloat16", "default"))
+PRECISIONS = (
+    *(("float32", "highest"), ("float32", "tensorfloat32"), ("float32", "default"), ("float32", "bfloat16")),
+    ("bfloat16", "default"),
+)
 
 
 def run(context: Context) -> None:
@@ -55,16 +59,30 @@ def run(context: Context) -> None:
             table.add(what=f"copy of {4 * size / 1e6:.0f} MB", error=reason(error))
 
     n = 256 if context.rehearsal else 8192
-    for dtype, precision in PRECISIONS:
-        what = f"matrix product, {dtype} at {precision}"
-        try:
-            square = jax.ShapeDtypeStruct((n, n), dtype)
-            name = f"product_{dtype}_{precision}"
-            with jax.default_matmul_precision(precision):
-                program = compiler(named(name, jnp.dot), square, square).result()
-            arguments = rotation([square, square], 2**27, context.rehearsal)
-            timing = timed([Program(name, program, arguments)], 3 if context.rehearsal else 10)[name]
-            table.add(what=what, value=2 * n**3 / timing.seconds / 1e12, unit="TFLOP/s", clock=timing.clock)
-        except Exception as error:
-            table.add(what=what, error=reason(error))
+    small = 4 if context.rehearsal else 64
+    shapes = {
+        "matrix product": ((n, n), (n, n)),
+        "convolution": ((small, 28, 28, 4 * small), (3, 3, 4 * small, 4 * small)),
+    }
+    for kind, (left, right) in shapes.items():
+        for dtype, precision in PRECISIONS:
+            what = f"{kind}, {dtype} at {precision}"
+            try:
+                arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in (left, right)]
+                name = f"{kind}_{dtype}_{precision}".replace(" ", "_")
+                with jax.default_matmul_precision(precision):
+                    program = compiler(
+                        named(name, jnp.dot if kind == "matrix product" else _convolve), *arguments
+                    ).result()
+                values = rotation(arguments, 2**27, context.rehearsal)
+                timing = timed([Program(name, program, values)], 3 if context.rehearsal else 10)[name]
+                # Every number of the result takes as many products as the right side has rows.
+                flops = 2 * math.prod(left[:-1]) * math.prod(right)
+                table.add(what=what, value=flops / timing.seconds / 1e12, unit="TFLOP/s", clock=timing.clock)
+            except Exception as error:
+                table.add(what=what, error=reason(error))
     compiler.close()
+
+
+def _convolve(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -14,17 +14,11 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from gpu_common import Context, Event, busy_seconds, reason, traced
+from joint_step import joint_run
 from turns import FORMATS, Side, SideError
 
 KERNELS, XLA, EAGER, COMPILED = "kernels", "XLA", "PyTorch", "PyTorch compiled"
 PYTORCH = tuple(f"{EAGER} {name}" for name in FORMATS)
-CONFIGS = {
-    "resnet20_cifar10": "paper/cifar10_w3a3",
-    "resnet20_cifar100": "paper/cifar100_w3a3",
-    "resnet18": "paper/imagenet_resnet18_w3a3",
-    "resnet50": "paper/imagenet_resnet50_w3a3",
-    "mobilenetv2_w1": "paper/imagenet_mobilenetv2_w3a3",
-}
 COLUMNS = (
     *("network", "batch", "precision", "side", "ms", "least_ms", "most_ms", "over_kernels", "device_ms", "launches"),
     *("peak_gb", "temporary_gb", "moved_gb", "gflop", "prepare_s"),
@@ -171,22 +165,11 @@ def prepare(side: str, job: Job, rehearsal: bool):
 
 def _ours(side, job, rehearsal):
     import jax
-    import jax.numpy as jnp
 
-    from granq_jax import load_config
-    from granq_jax.build import make_trainer
     from granq_jax.gpu_check.hlo import moved_bytes
-    from granq_jax.joint_run import JointRun
 
-    if job.precision == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    config = load_config(CONFIGS[job.network])
-    config.batch_size = job.batch
-    config.quant.impl = "xla" if side == XLA else "pallas_interpret" if rehearsal else "auto"
-    trainer = make_trainer(config)
-    images = jnp.zeros((1, trainer.generator.image_size, trainer.generator.image_size, 3))
-    teacher = jax.jit(trainer.model.init)(jax.random.key(0), images)
-    run = JointRun(trainer, teacher, jax.local_devices()[:1])
+    impl = "xla" if side == XLA else "pallas_interpret" if rehearsal else "auto"
+    run = joint_run(job.network, job.batch, impl, job.precision)
     program = run.compiled(warmup=False)
 
     def take():
@@ -196,9 +179,13 @@ def _ours(side, job, rehearsal):
         jax.block_until_ready(run.state)
 
     def memory():
-        found = {"temporary_gb": program.memory_analysis().temp_size_in_bytes / 1e9}
-        stats = jax.local_devices()[0].memory_stats() or {}
-        return found | ({"peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {})
+        # What the allocator has held at most counts what XLA tried out as it compiled: so what the program says.
+        held = program.memory_analysis()
+        arguments = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
+        return {
+            "temporary_gb": held.temp_size_in_bytes / 1e9,
+            "peak_gb": (held.temp_size_in_bytes + arguments) / 1e9,
+        }
 
     def work():
         cost = program.cost_analysis()
@@ -244,7 +231,11 @@ def _pytorch(side, job, rehearsal):
             torch.cuda.synchronize()
 
     def details():
-        found = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if device == "cuda" else {}
+        found = {}
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            take()
+            found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         activity = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[activity.CUDA if device == "cuda" else activity.CPU]) as profile:
             for _ in range(TRACED):

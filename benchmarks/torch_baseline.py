@@ -260,13 +260,13 @@ class JointStep:
 
 
 class Evaluation:
-    """Top-1 accuracy, in percent, of a student, by default a random one, on uint8 images (N, 32, 32, 3) with labels."""
+    """Top-1 accuracy, in percent, of a student, by default a random one, on uint8 images (N, H, W, 3) with labels."""
 
-    def __init__(self, images, labels, batch, memory_format, mean, std, student=None):
+    def __init__(self, images, labels, batch, memory_format, mean, std, student=None, network="resnet20_cifar10"):
         self.memory_format = MEMORY_FORMATS[memory_format]
         if student is None:
             torch.manual_seed(0)
-            student = quantized(NETWORKS["resnet20_cifar10"](), 3)
+            student = quantized(NETWORKS[network](), 3)
         self.student = student.to(memory_format=self.memory_format).eval()
         self.batches = list(
             zip(torch.from_numpy(images).split(batch), torch.from_numpy(labels).split(batch), strict=True)

@@ -58,6 +58,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
         latent=config.latent,
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
+        precision=config.precision,
     )
 
 

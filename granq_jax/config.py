@@ -26,6 +26,7 @@ from granq_jax.checks import whole as _whole
 from granq_jax.data import DATASETS
 from granq_jax.models.registry import NETWORKS
 from granq_jax.paths import expanded
+from granq_jax.platforms import PRECISIONS
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
     ACT_GRANULARITIES,
@@ -79,6 +80,7 @@ def default_config() -> ConfigDict:
     config.on_nonfinite = "stop"  # or "skip": leave a step out whose losses or parameters are not finite
     config.on_breakdown = "stop"  # or "go_on": what a run does when its student breaks down on held-out images
     config.log_every_steps = 20
+    config.precision = "default"  # of products on GPUs: "float32" or "tf32", or as jax_default_matmul_precision says
 
     config.quant = ConfigDict()
     config.quant.weight_bits = 3
@@ -245,6 +247,7 @@ CHECKS: dict[str, Check] = {
     "on_nonfinite": _choice(*ON_NONFINITE),
     "on_breakdown": _choice(*ON_BREAKDOWN),
     "log_every_steps": _whole(1),
+    "precision": _choice(*PRECISIONS),
     "quant.weight_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.act_bits": _whole(MIN_BITS, MAX_BITS),
     "quant.weight_granularity": _choice(*WEIGHT_GRANULARITIES),

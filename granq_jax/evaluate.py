@@ -24,7 +24,7 @@ from granq_jax.data import load_split
 from granq_jax.devices import AXIS, cores, place, sample_index
 from granq_jax.models.registry import variants
 from granq_jax.paths import expanded
-from granq_jax.platforms import traced_for
+from granq_jax.platforms import multiplied_in, traced_for
 from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
 from granq_jax.record import check_writable, describe, versions, write_json
@@ -48,20 +48,26 @@ SUBJECTS = ("teacher", "student", "both")
 Evaluation = Callable[[Variables], Accuracy]
 
 
-def float_accuracy(model: nn.Module, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Evaluation:
-    """A function from a float model's variables to its accuracy on ``split``."""
-    return _make_evaluation(lambda v, x: model.apply(v, x, **evaluation_mode(model)), split, batch_size, devices)
+def float_accuracy(
+    model: nn.Module, split: Split, batch_size: int, devices: Sequence[jax.Device], precision: str = "default"
+) -> Evaluation:
+    """A function from a float model's variables to its accuracy on ``split``.
+
+    ``precision`` is that of its products, see :func:`granq_jax.platforms.multiplied_in`.
+    """
+    mode = evaluation_mode(model)
+    return _make_evaluation(lambda v, x: model.apply(v, x, **mode), split, batch_size, devices, precision)
 
 
 def student_accuracy(trainer: Trainer, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Evaluation:
-    """The same for the quantized student.
+    """The same for the quantized student, in the trainer's precision.
 
     ``batch_size`` has no influence on the figure but by way of rounding, except for activation
     granularities whose ranges are shared between samples (``"tensor"`` and ``"channel"``).
     """
     student = quantize(trainer.model, trainer.spec, impl=trainer.impl, axis_name=AXIS)
     mode = evaluation_mode(trainer.model)
-    return _make_evaluation(lambda v, x: student.apply(v, x, **mode), split, batch_size, devices)
+    return _make_evaluation(lambda v, x: student.apply(v, x, **mode), split, batch_size, devices, trainer.precision)
 
 
 def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> dict[str, Any]:
@@ -106,7 +112,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
     evaluation = {**describe(config), "eval_examples": len(split)}
     if subject != "student":
         teacher = load_teacher(config, workdir)
-        evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
+        evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices, trainer.precision)
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":
         step, state = state_of_run(trainer, workdir)
@@ -173,11 +179,13 @@ def percentages(subject: str, accuracy: Accuracy | None, suffix: str = "") -> di
     return {f"{subject}_{name}{suffix}": value for name, value in zip(Accuracy._fields, values, strict=True)}
 
 
-def _make_evaluation(apply: Callable, split: Split, batch_size: int, devices: Sequence[jax.Device]) -> Evaluation:
+def _make_evaluation(
+    apply: Callable, split: Split, batch_size: int, devices: Sequence[jax.Device], precision: str
+) -> Evaluation:
     share = sample_index(batch_size, devices, "eval_batch_size")
 
     def correct(variables, images, labels, weights):
-        with traced_for(devices):
+        with traced_for(devices), multiplied_in(precision):
             logits = apply(variables, images)
         _, likeliest = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = likeliest == labels[:, None]

@@ -1,13 +1,16 @@
-"""Which form of a computation is traced: all that a program could be lowered for, or the one where it will run."""
+"""Which form of a computation is traced, all that there are or the one where it will run, and how it multiplies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 
+# How JAX calls them.
+_PRECISIONS = {"default": None, "float32": "float32", "tf32": "tensorfloat32"}
+PRECISIONS = tuple(_PRECISIONS)
 _on_cpus_only = jax.make_user_context(False)  # part of the key under which JAX keeps traces
 
 
@@ -45,3 +48,20 @@ def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
     if on_cpus_only():
         return forms.get("cpu", default)(*operands)
     return jax.lax.platform_dependent(*operands, default=default, **forms)
+
+
+def multiplied_in(precision: str) -> AbstractContextManager[None]:
+    """Within, products and convolutions of float32 arrays are traced with a precision.
+
+    Args:
+      precision: ``"float32"``; ``"tf32"``, factors of 10 bits of fraction, which GPUs multiply several times as
+        fast, and CPUs as if nothing had been said; ``"default"``, as ``jax_default_matmul_precision`` says.
+
+    Examples:
+      >>> with multiplied_in("float32"):
+      ...     jaxpr = jax.make_jaxpr(jax.numpy.dot)(1.0 * jax.numpy.ones(2), jax.numpy.ones(2))
+      >>> "HIGHEST" in str(jaxpr)
+      True
+    """
+    name = _PRECISIONS[precision]
+    return nullcontext() if name is None else jax.default_matmul_precision(name)

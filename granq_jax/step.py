@@ -29,7 +29,7 @@ from granq_jax.devices import AXIS, SMALL, mean_over_devices
 from granq_jax.losses import wide
 from granq_jax.models.layers import batch_moments, moments_of_all
 from granq_jax.objectives import feature_maps, generator_loss, student_loss
-from granq_jax.platforms import traced_for
+from granq_jax.platforms import multiplied_in, traced_for
 from granq_jax.quant import RANGES, QuantizedModel, in_full_precision, quantize
 from granq_jax.trainer import AVERAGE, Trainer, TrainState, Variables, evaluation_mode, random_key
 
@@ -290,7 +290,7 @@ def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -
     """
 
     def on_them(state, teacher, index):
-        with traced_for(devices):
+        with traced_for(devices), multiplied_in(trainer.precision):
             return step(trainer, warmup, state, teacher, index, axis_name=AXIS)
 
     return jax.pmap(

@@ -200,7 +200,9 @@ class _Loop:
             if split is not None:
                 evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
                 if notes.accuracy_before is None:
-                    of_teacher = float_accuracy(trainer.model, split, config.eval_batch_size, devices)
+                    of_teacher = float_accuracy(
+                        trainer.model, split, config.eval_batch_size, devices, trainer.precision
+                    )
                     notes.teacher_accuracy, notes.accuracy_before = of_teacher(teacher), evaluate(teacher)
                     self._log.accuracy(
                         0,

@@ -20,7 +20,7 @@ from granq_jax.checks import betas, check_choice, check_fields, decay, increasin
 from granq_jax.compilation_cache import COMPILED_FAST
 from granq_jax.losses import wide
 from granq_jax.models.generator import Generator
-from granq_jax.platforms import traced_for
+from granq_jax.platforms import PRECISIONS, multiplied_in, traced_for
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.transform import check_linen
@@ -228,6 +228,7 @@ class Trainer:
       dtype: of noise, and so of generator and images.
       on_nonfinite: what becomes of a step with a loss or parameter that is not finite: ``"stop"``
         ends the run, ``"skip"`` leaves the step out.
+      precision: of products and convolutions, see :func:`granq_jax.platforms.multiplied_in`.
 
     Raises:
       ValueError, TypeError: for a value that is not allowed.
@@ -244,6 +245,7 @@ class Trainer:
     seed: int = 0
     dtype: Any = jnp.float32
     on_nonfinite: str = "stop"
+    precision: str = "default"
 
     def __post_init__(self) -> None:
         check_linen("Trainer.model", self.model)
@@ -268,6 +270,7 @@ class Trainer:
             )
         check_choice("Trainer.impl", self.impl, IMPLEMENTATIONS)
         check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_choice("Trainer.precision", self.precision, PRECISIONS)
         if self.spec.act_ranges == "moving_average" and not self.optimizers.warmup_epochs:
             raise ValueError(
                 "OptimizerSettings.warmup_epochs: got 0 with QuantSpec.act_ranges='moving_average', whose ranges are "
@@ -338,7 +341,8 @@ class Trainer:
         student = jax.tree.map(jnp.copy, flax.core.unfreeze(teacher))  # which steps may overwrite
         student["params"] = jax.tree.map(wide, student["params"])
         if self.spec.act_ranges == "moving_average":
-            student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
+            with multiplied_in(self.precision):
+                student |= self._first_ranges(generator, student, jax.random.fold_in(key, 1))
         if self.optimizers.student_ema_decay:
             student[AVERAGE] = jax.tree.map(jnp.copy, student["params"])
         return TrainState(

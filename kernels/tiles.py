@@ -155,7 +155,7 @@ def _power_of_two_above(n: int) -> int:
 
 @functools.cache
 def tuned() -> dict[str, list[int]]:
-    """Choices of ``benchmarks/gpu_fake_quant.py --tune`` on this machine's GPU: (columns, warps, rows) by shape."""
+    """Choices of ``benchmarks/gpu_campaign.py --tune`` on this machine's GPU: (columns, warps, rows) by shape."""
     import jax
 
     path = tuned_path()

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ from granq_jax import Generator, QuantSpec, Trainer, create_model, fake_quant
 from granq_jax import step as joint
 from granq_jax.data import DATASETS
 from granq_jax.evaluate import student_accuracy
-from granq_jax.quant.weights import weight_paths
 from granq_jax.splits import MemorySplit
 from granq_jax.torch_import import load_torch
 from tests.golden_figures import CIFAR, generator_variables, state_dict
@@ -120,24 +118,28 @@ def test_the_baseline_quantizes_as_we_do(memory_format, x64):
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_flops_counted_by_hand_are_those_of_the_kernels_at_every_pixel(classes):
+def test_flops_are_those_counted_by_hand(classes):
     from joint_step import count_flops
 
-    model, images = create_model(f"resnet20_cifar{classes}"), jnp.zeros((1, 32, 32, 3))
+    def conv(size, taps, inputs, outputs):
+        return 2 * size**2 * taps * inputs * outputs
 
-    def forward():
-        variables = model.init(jax.random.key(0), images)
-        _, seen = model.apply(
-            variables, images, capture_intermediates=lambda module, _: isinstance(module, nn.Conv | nn.Dense)
-        )
-        return variables["params"], seen["intermediates"]
+    stem, network = conv(32, 9, 3, 16), 6 * conv(32, 9, 16, 16)
+    for size, width in ((16, 32), (8, 64)):
+        network += conv(size, 9, width // 2, width) + conv(size, 1, width // 2, width) + 5 * conv(size, 9, width, width)
+    network += 2 * 64 * classes
+    generator = 2 * 100 * 8 * 8 * 128 + 4 * conv(8, 4, 128, 128) + 4 * conv(16, 4, 128, 64) + conv(32, 9, 64, 3)
+    counted = count_flops(f"resnet20_cifar{classes}", 16)
+    assert counted["generator, to parameters"] == 16 * generator
+    assert counted["student, forward"] == counted["teacher, to images"] == 16 * (network + stem)
+    assert counted["student, to activations"] == 16 * network
 
-    params, outputs = jax.eval_shape(forward)
-    flat = {"/".join(str(key.key) for key in path[:-2]): leaf for path, leaf in jax.tree.leaves_with_path(outputs)}
-    kernels = weight_paths(params)
-    assert kernels.keys() == flat.keys()
-    expected = sum(2 * kernel.size * flat[path].size // kernel.shape[-1] for path, kernel in kernels.items())
-    assert count_flops(16, classes)["student, forward"] == 16 * expected
+
+@pytest.mark.parametrize(("network", "gflop"), [("resnet18", 3.63), ("resnet50", 7.71), ("mobilenetv2_w1", 0.627)])
+def test_flops_of_the_large_networks_are_the_published_ones(network, gflop):
+    from joint_step import count_flops
+
+    assert count_flops(network, 1)["teacher, forward"] == pytest.approx(1e9 * gflop, rel=0.01)
 
 
 def test_the_baseline_evaluates_as_we_do():
@@ -161,7 +163,7 @@ def test_the_benchmarks_run():
     import joint_step
     import prescaling
 
-    assert joint_step.compare(2, 10, 1, 1)["ratio"] > 0
-    assert evaluate.compare(8, 4, 1)["ratio"] > 0
+    assert joint_step.compare(NAME, 2, 1, 1)["ratio"] > 0
+    assert evaluate.compare(NAME, 8, 4, 1)["ratio"] > 0
     assert (32, 32, 16) in prescaling.activation_shapes(NAME)
     assert all(milliseconds > 0 for milliseconds in prescaling.measure((2, 4, 4, 3), rounds=2))

@@ -117,6 +117,7 @@ def _flat(tree, prefix=""):
         ("keep_best", 1, "True and False"),
         ("resume", "yes", "True and False"),
         ("on_nonfinite", "go", "'skip'"),
+        ("precision", "bfloat16", "'tf32'"),
         ("quant.weight_bits", 1, "2 to 8"),
         ("quant.weight_bits", 9, "2 to 8"),
         ("quant.act_bits", 3.0, "2 to 8"),

@@ -1,3 +1,5 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from granq_jax import Generator, LossSettings, OptimizerSettings, QuantSpec, Trainer, create_model
 from granq_jax.devices import place
 from granq_jax.joint_run import JointRun, NonFinite, NonFiniteError, zero_shot_quantize
-from granq_jax.step import CHECKED, sample_noise, update
+from granq_jax.step import CHECKED, mapped_step, sample_noise, update
 from tests.conftest import one_line_error
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -157,7 +159,8 @@ def test_a_generator_for_another_number_of_classes_is_refused(teacher):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}, {"on_nonfinite": "go"}]
+    "changes",
+    [{"batch_size": 1}, {"latent": 0}, {"seed": -1}, {"batch_size": 4.0}, {"on_nonfinite": "go"}, {"precision": "fp8"}],
 )
 def test_bad_trainers_are_refused(changes):
     ((field, value),) = changes.items()
@@ -285,3 +288,18 @@ def test_the_cosine_ends_with_the_run(teacher):
     trainer = make_trainer(optimizers=OptimizerSettings(steps_per_epoch=2, warmup_epochs=1, cosine_epochs=3))
     with one_line_error(ValueError, "epochs: got 4", "cosine_epochs, 3"):
         zero_shot_quantize(trainer, teacher, epochs=4)
+
+
+@pytest.mark.parametrize(("precision", "stated"), [("float32", "HIGHEST"), ("tf32", "HIGH"), ("default", "DEFAULT")])
+def test_all_products_of_a_step_are_of_the_trainers_precision(teacher, precision, stated):
+    state = make_trainer().state_shapes(teacher)
+    index = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    for each in ("float32", precision):  # traces of one precision are not taken for those of another
+        text = (
+            mapped_step(make_trainer(precision=each), False, jax.local_devices()).lower(state, teacher, index).as_text()
+        )
+    products = [line for line in text.splitlines() if re.search(r"stablehlo\.(convolution|dot_general)", line)]
+    assert len(products) > 20
+    for line in products:
+        assert set(re.findall(r"\b(?:DEFAULT|HIGHEST|HIGH)\b", line)) <= {stated}, line
+        assert stated in line or stated == "DEFAULT"  # which may be left unsaid

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from granq_jax import Generator, QuantSpec, Trainer, create_model, load_torch
 from granq_jax.checkpoint import Checkpoints, save_variables
-from granq_jax.evaluate import newest_state
+from granq_jax.evaluate import state_of_run
 from granq_jax.models.mobilenet_v2 import MobileNetV2
 from granq_jax.models.registry import variants
 from granq_jax.torch_import import torch_name
@@ -458,7 +458,7 @@ def test_a_run_of_any_build_is_found_again(tmp_path):
         state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
         with Checkpoints(tmp_path / str(number)) as checkpoints:
             checkpoints.save(3, state)
-        step, found = newest_state(trainer, tmp_path / str(number))
+        step, found = state_of_run(trainer, tmp_path / str(number))
         assert step == 3
         assert jax.tree.structure(found) == jax.tree.structure(state)
 
