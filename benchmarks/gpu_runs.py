@@ -35,7 +35,7 @@ class Run(NamedTuple):
 END_TO_END = [
     Run(config, {"seed": str(seed)})
     for seeds in ((0,), (1, 2))
-    for config in ("cifar10_w3a3_best", "paper/cifar10_w3a3", "cifar100_w3a3")
+    for config in ("cifar10_w3a3", "paper/cifar10_w3a3", "cifar100_w3a3")
     for seed in seeds
 ]
 RANDOM = "random"  # as teacher: weights that are as fast as a teacher's, which cannot be fetched here

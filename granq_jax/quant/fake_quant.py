@@ -21,7 +21,7 @@ from granq_jax.quant.affine import (
     compute_dtype,
     over_groups,
 )
-from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
+from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel, on_mosaic
 from granq_jax.quant.spec import check_bits, granularity_of, kept_axes
 
 
@@ -137,7 +137,14 @@ def _by_xla(x, norm, residual, *, how):
 
 
 def _by_kernel(x, norm, residual, *, how, interpret):
-    from granq_jax.kernels import out_channel, sample_channel  # here: see granq_jax.quant.dispatch
+    # Imported here: see granq_jax.quant.dispatch.
+    nothing_before = norm is None and residual is None and how.activation is None
+    if on_mosaic() and nothing_before and how.granularity == "sample_channel":
+        from granq_jax.kernels import mosaic
+
+        if mosaic.covers(x):
+            return mosaic.fake_quant(x, how.bits, interpret=interpret)
+    from granq_jax.kernels import out_channel, sample_channel
 
     if how.granularity == "out_channel":
         return out_channel.fake_quant(x, how.bits, interpret=interpret)
