@@ -303,3 +303,26 @@ def test_all_products_of_a_step_are_of_the_trainers_precision(teacher, precision
     for line in products:
         assert set(re.findall(r"\b(?:DEFAULT|HIGHEST|HIGH)\b", line)) <= {stated}, line
         assert stated in line or stated == "DEFAULT"  # which may be left unsaid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warmup", [True, False])
+def test_several_steps_in_a_program_are_those_one_by_one(warmup, teacher, x64):
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), teacher)
+    one_by_one, together = (JointRun(make_trainer(dtype=jnp.float64), wide, jax.local_devices()) for _ in range(2))
+    for _ in range(3):
+        metrics = one_by_one.advance(warmup)
+    last = together.advance(warmup, steps=3)
+    assert together.step == int(together.state.step) == 3
+    chex.assert_trees_all_close(jax.device_get(last), jax.device_get(metrics), rtol=1e-9)
+    chex.assert_trees_all_close(jax.device_get(together.state), jax.device_get(one_by_one.state), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_steps_in_a_program_that_are_not_finite_are_told_by_their_numbers(teacher):
+    run = JointRun(make_trainer(on_nonfinite="skip"), teacher, jax.local_devices())
+    run.advance(warmup=True)
+    run.state = spoiled(run.state, "generator")
+    run.advance(warmup=True, steps=2)
+    assert [found.step for found in run.check()] == [2, 3]
+    assert not run.check()
