@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 PLATFORMS = ("cuda", "rocm")
 _LOGGER = logging.getLogger(__name__)
+_said: set[type[Exception]] = set()  # kinds of errors; that of another array tells nothing new
 
 
 class NoKernelError(ValueError):
@@ -85,10 +86,10 @@ def _lowered_kernel(context, *leaves, form, kernel, required):
         with lowering():
             return mlir.lower_fun(kernel)(context.replace(avals_in=avals), *leaves)
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if required:
             raise NoKernelError(_refusal(why)) from error
-    _note(why)
+        _say_once(type(error), why)
     return mlir.lower_fun(form)(context, *leaves)
 
 
@@ -96,9 +97,10 @@ def _refusal(why):
     return f"impl: got 'pallas', which cannot be lowered here ({why}), allowed are 'auto' and 'xla'"
 
 
-@functools.cache
-def _note(why):
-    _LOGGER.warning("The kernels cannot be lowered here, so XLA's form computes, which is slower on a GPU (%s)", why)
+def _say_once(kind, why):
+    if kind not in _said:
+        _said.add(kind)
+        _LOGGER.warning("A kernel cannot be lowered here, so XLA's form computes, which is slower on a GPU (%s)", why)
 
 
 batching.primitive_batchers[_kernel_or] = _batched

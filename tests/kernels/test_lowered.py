@@ -34,10 +34,10 @@ def text(platforms, kernel=kernel_of, **how):
 
 @pytest.fixture
 def notes(caplog):
-    lowered._note.cache_clear()
+    lowered._said.clear()
     with caplog.at_level(logging.WARNING):
         yield lambda: [record.getMessage() for record in caplog.records]
-    lowered._note.cache_clear()
+    lowered._said.clear()
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,11 @@ def test_a_program_for_several_platforms_has_both(notes):
 
 
 def test_where_no_kernel_can_be_lowered_the_form_is_and_that_is_said_once(notes):
-    for _ in range(2):
-        program = text(("cuda",), failing)
+    def failing_otherwise(x, y=None):
+        raise NotImplementedError(f"for {x.shape}")
+
+    for kernel in (failing, failing, failing_otherwise):
+        program = text(("cuda",), kernel)
         assert FORM in program
     (note,) = notes()
     assert "NotImplementedError: not on this one" in note
