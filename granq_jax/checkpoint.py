@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,8 +20,10 @@ import numpy as np
 import safetensors.flax
 
 from granq_jax.processes import from_first, is_first
+from granq_jax.quant import RANGES
 from granq_jax.record import write_bytes
 from granq_jax.stopping import RunError
+from granq_jax.trainer import AVERAGE
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -172,6 +175,17 @@ class Checkpoints:
         return [i >= newest or checkpoint.step == self.best_step for i, checkpoint in enumerate(checkpoints)]
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            return self._read_as(step, target)
+        except Exception:
+            if not isinstance(target, dict) or not _FORMERLY.keys() & target.get("student", {}).keys():
+                raise
+            with contextlib.suppress(Exception):  # then the first reason is the one to tell
+                arrays, notes = self._read_as(step, _renamed(target, _FORMERLY))
+                return _renamed(arrays, {former: name for name, former in _FORMERLY.items()}), notes
+            raise
+
+    def _read_as(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         items = self._args.Composite(state=self._args.StandardRestore(target), record=self._args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         record = restored.record
@@ -197,6 +211,15 @@ class Checkpoints:
             raise RunError(
                 f"a checkpoint could not be written to {str(self._directory)!r}: {_one_line(error)}"
             ) from error
+
+
+# What collections of a student were called by earlier versions, in whose checkpoints they still are.
+_FORMERLY = {RANGES: "ranges", AVERAGE: "average"}
+
+
+def _renamed(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    student = {names.get(name, name): collection for name, collection in state["student"].items()}
+    return {**state, "student": student}
 
 
 def _digest(arrays: Any, notes: Mapping[str, Any]) -> str:
