@@ -1,9 +1,10 @@
 """The losses of generator and student, one pure function each.
 
 ``teacher`` and ``student`` are logits (N, C), ``labels`` integers (N,), t and s stand for the
-logits of one sample. H is the entropy in nats. All is computed in float32 at least, whatever a model computes in. The discrepancy, agreement, balance and distillation
+logits of one sample. H is the entropy in nats. The discrepancy, agreement, balance and distillation
 terms are those of AdaDFQ (Qian et al., CVPR 2023), which GranQ trains with; the batch-norm
-statistics loss and the label distillation are those of GDFQ (Xu et al., ECCV 2020).
+statistics loss and the label distillation are those of GDFQ (Xu et al., ECCV 2020). All is computed in
+float32 at least, whatever a model computes in.
 """
 
 from __future__ import annotations

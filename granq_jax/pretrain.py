@@ -16,10 +16,10 @@ import optax
 
 from granq_jax.checks import check_fields, real, truth, whole
 from granq_jax.devices import AXIS, mean_over_devices, place, sample_index, settle
+from granq_jax.losses import wide
 from granq_jax.progress import Progress
 from granq_jax.splits import Batch, Split, ahead
 from granq_jax.stopping import RunError
-from granq_jax.losses import wide
 from granq_jax.trainer import Variables, evaluation_mode, random_key
 
 

@@ -183,9 +183,7 @@ _EVALUATED = {"jit": _jit, "pjit": _jit, "checkpoint": _remat, "remat2": _remat,
 
 def _marks(eqn: Any) -> bool:
     """Whether anything is marked in the programs that an equation holds."""
-    return any(
-        inner.primitive is mark_p or _marks(inner) for program in programs(eqn.params) for inner in program.eqns
-    )
+    return any(inner.primitive is mark_p or _marks(inner) for program in programs(eqn.params) for inner in program.eqns)
 
 
 def programs(params: Any) -> list[Any]:

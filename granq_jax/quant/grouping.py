@@ -45,10 +45,5 @@ class Grouping(NamedTuple):
         if self.is_plain:
             return y
         order = [axis for group in self.axes for axis in group]
-        sizes = [
-            1 if y.shape[i] == 1 else shape[axis]
-            for i, group in enumerate(self.axes)
-            for axis in group
-        ]
+        sizes = [1 if y.shape[i] == 1 else shape[axis] for i, group in enumerate(self.axes) for axis in group]
         return y.reshape(sizes).transpose([order.index(axis) for axis in range(len(order))])
-

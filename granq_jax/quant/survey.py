@@ -145,7 +145,9 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("inputs", next(iter(kwargs.values()), None))
 
 
-def with_first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_first_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a module with another :func:`first_input`."""
     if args:
         return (x, *args[1:]), dict(kwargs)
@@ -242,7 +244,5 @@ def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _boxed(variables: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
     """``variables`` with the weights of ``paths`` tracked."""
     flat = flax.traverse_util.flatten_dict(variables["params"])
-    flat = {
-        path: _Tracked(x) if path[-1] == WEIGHT and "/".join(path[:-1]) in paths else x for path, x in flat.items()
-    }
+    flat = {path: _Tracked(x) if path[-1] == WEIGHT and "/".join(path[:-1]) in paths else x for path, x in flat.items()}
     return {**variables, "params": flax.traverse_util.unflatten_dict(flat)}

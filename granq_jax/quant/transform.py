@@ -52,7 +52,11 @@ _LOGGER = logging.getLogger(__name__)
 ARITHMETICS = ("float", "integer")
 Watch = Callable[[nn.Module, Any], dict[str, jax.Array] | None]
 _ACTIVATION, _WATCHED = "activation", "watched"
-_NO_WEIGHTS = ("bias", "scale", "embedding")  # parameters that nobody takes for weights, if there are several of them in an array
+_NO_WEIGHTS = (
+    "bias",
+    "scale",
+    "embedding",
+)  # parameters that nobody takes for weights, if there are several of them in an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +212,9 @@ class QuantizedModel:
                 for x in self._layer_inputs(variables, args, kwargs)
                 if not x.is_quantized
             ]
-        if left := [site.path for site in sites if site.kind == "weight" and not site.bits and self._is_left(site.path)]:
+        if left := [
+            site.path for site in sites if site.kind == "weight" and not site.bits and self._is_left(site.path)
+        ]:
             _LOGGER.warning(
                 "these weights stay in full precision, for they belong to no layer that is known (%s): %s",
                 ", ".join(layer.__name__ for layer in LAYERS),
@@ -457,9 +463,7 @@ class QuantizedModel:
             if watch is not None and (x := first_input(args, kwargs)) is not None:
                 seen = watch(module, x)
                 if seen is not None:
-                    args, kwargs = with_first_input(
-                        args, kwargs, leave(x, _WATCHED, "/".join(module.path), **seen)
-                    )
+                    args, kwargs = with_first_input(args, kwargs, leave(x, _WATCHED, "/".join(module.path), **seen))
             if self.spec.placement == "operand":
                 if not isinstance(module, LAYERS):
                     return next_call(*args, **kwargs)
@@ -493,8 +497,8 @@ class QuantizedModel:
             return average
         if average is None and has_ranges and not moves:
             raise ValueError(
-                f"QuantSpec.act_ranges: got 'moving_average', but no range is kept for {'/'.join(module.path)!r}: either "
-                "the ranges are another model's, or a transform does not let them in; allowed are act_ranges='dynamic', "
+                f"QuantSpec.act_ranges: got 'moving_average', but no range is kept for {'/'.join(module.path)!r}: the "
+                "ranges are another model's, or a transform keeps them out; allowed are act_ranges='dynamic', "
                 f"or nn.scan and nn.vmap with {RANGES!r} among their variable_axes"
             )
         within = measured(x, granularity, self.axis_name)
@@ -508,8 +512,8 @@ class QuantizedModel:
         name, weights, spec = type(self.model).__name__, survey.layouts, self.spec
         if spec.weight_bits is not None and not weights and not survey.unknown:
             raise ValueError(
-                f"QuantSpec.weight_bits: {name} has no weight to quantize: no flax.linen layer of "
-                f"{', '.join(layer.__name__ for layer in LAYERS)} with a parameter named {WEIGHT!r} was called"
+                f"QuantSpec.weight_bits: {name} has no parameter named {WEIGHT!r} to quantize: of the layers of "
+                f"flax.linen ({', '.join(layer.__name__ for layer in LAYERS)}) none was called"
             )
         if spec.placement == "operand":
             activations = [path for path, cls in survey.calls if issubclass(cls, LAYERS)]

@@ -27,7 +27,7 @@ BLOCKS = (
 LIFTS = ("none", "shared", "jit", "remat", "scan", "vmap")
 X = np.random.default_rng(0).standard_normal((3, 4, 4, 3))
 NONE = QuantSpec(weight_bits=None, act_bits=None, placement="operand")
-# Of each layer, weights and inputs are off by at most half a step of 2^8 - 1 to a range.
+# Of a logit, what 8 bits may change: an input and a weight of each layer are off by up to half a step in 255.
 BOUND = 0.1
 
 
@@ -47,17 +47,22 @@ def check(parts, seed, bits, **fields):
     )
     np.testing.assert_array_equal(y, jax.jit(plain.apply)(of_plain, x))
     np.testing.assert_array_equal(z, jax.jit(lifted.apply)(of_lifted, x))
-    # Programs of two forms add up in two orders, also without a quantizer, after which a value may fall on the other
-    # side of a boundary; what the quantizer is given is equal up to there.
-    assert relative(y, z) < 1e-9
+    in_full = [jax.jit(s.model.apply)(v, x) for s, v in ((plain, of_plain), (lifted, of_lifted))]
+    if (in_full[0] == in_full[1]).all():
+        np.testing.assert_array_equal(y, z)
+    else:  # what nn.vmap makes of a layer is another program, which may add up in another order
+        assert relative(y, z) < 1e-9
 
     # A parallel form comes to its layers in another order than a loop.
     for part in parts:
         if part.lift == "vmap":
-            activations, of_lifted_form = (sorted(a, key=lambda x: (x.shape, float(x.sum()))) for a in (activations, of_lifted_form))
+            activations, of_lifted_form = (
+                sorted(arrays, key=lambda x: (x.shape, round(float(x.sum()), 6)))
+                for arrays in (activations, of_lifted_form)
+            )
     for a, b in zip(activations, of_lifted_form, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-    return plain, of_plain, lifted, of_lifted, y
+    return plain, of_plain, lifted, of_lifted, y, in_full[0]
 
 
 def check_accounts(student, variables, moments):
@@ -91,17 +96,15 @@ def test_composed_models(parts, seed, data):
         bits = data.draw(st.sampled_from((8, 3)), "bits")
         granularity = data.draw(st.sampled_from(("out_channel", "tensor")), "granularity")
         acts = data.draw(st.sampled_from(("sample_channel", "sample", "channel", "tensor")), "activations")
-        plain, of_plain, lifted, of_lifted, y = check(
+        plain, of_plain, lifted, of_lifted, y, in_full = check(
             parts, seed, bits, weight_granularity=granularity, act_granularity=acts
         )
-        in_full = plain.model.apply(of_plain, X)
         if bits == 8:
             assert relative(y, in_full) < BOUND
         counts = []
         for student, variables in ((plain, of_plain), (lifted, of_lifted)):
-            (_, moments), _ = jax.jit(lambda v, s=student: apply_with_moments(quantize(s.model, NONE), v, jnp.asarray(X)))(
-                variables
-            )
+            in_full = quantize(student.model, NONE)
+            (_, moments), _ = jax.eval_shape(lambda v, s=in_full: apply_with_moments(s, v, jnp.asarray(X)), variables)
             counts.append(len(jax.tree.leaves(moments)) // 2)
             if acts == "sample_channel":
                 check_accounts(student, variables, counts[-1])
@@ -226,8 +229,10 @@ def test_a_call_is_met_once_through_transforms_and_super(cls):
 class Branching(nn.Module):
     @nn.compact
     def __call__(self, x):
-        y = nn.Dense(4, name="first")(x)
-        return nn.cond(x.sum() > 0, lambda mdl, x: nn.Dense(4, name="in")(x), lambda mdl, x: x, self, y)
+        inner = nn.Dense(4, name="in")
+        if self.is_initializing():
+            inner(x)
+        return nn.cond(x.sum() > 0, lambda layer, x: layer(x), lambda layer, x: x, inner, x)
 
 
 def test_a_branch_is_refused_where_activations_are_asked_for():
