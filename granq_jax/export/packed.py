@@ -24,7 +24,15 @@ import safetensors.numpy
 
 from granq_jax.checks import check_choice
 from granq_jax.export.bits import pack, unpack
-from granq_jax.quant import Layout, QuantizedArray, QuantSpec, quantize_params, weight_paths, without_weights
+from granq_jax.quant import (
+    RANGES,
+    Layout,
+    QuantizedArray,
+    QuantSpec,
+    quantize_params,
+    weight_paths,
+    without_weights,
+)
 from granq_jax.quant.affine import affine_values
 from granq_jax.quant.weights import plain_layouts, quantize_weight
 from granq_jax.record import write_bytes
@@ -62,7 +70,14 @@ def weight_codes(
       ValueError: if a weight holds NaN or infinity.
     """
     found = {}
-    layouts = plain_layouts(params) if layouts is None else layouts
+    if layouts is None:
+        layouts = plain_layouts(params)
+        for path, layout in layouts.items():
+            if layout.ndim not in (2, 4) and spec.at(path).weight_bits is not None:
+                raise ValueError(
+                    f"layouts: got None, but the weight of {path!r} has {layout.ndim} dimensions, of which several may "
+                    "be output features or layers; give quantize(model, spec).layouts(variables, images)"
+                )
     expected = weight_paths(jax.device_get(quantize_params(params, spec, "xla", layouts)), layouts)
     for path, weight in weight_paths(params, layouts).items():
         q = jax.device_get(quantize_weight(weight, spec.at(path), layouts[path]))
@@ -162,9 +177,10 @@ def load_packed(path: str | Path) -> PackedModel:
             if variables[name].shape != codes.shape:
                 raise ValueError(f"the ranges of {name!r} are not those of a weight of shape {shape}")
         variables |= tensors
-        return PackedModel(
-            flax.traverse_util.unflatten_dict(variables, sep="/"), without_weights(spec), str(header["network"])
-        )
+        tree = flax.traverse_util.unflatten_dict(variables, sep="/")
+        if spec.act_ranges == "moving_average" and RANGES not in tree and "ranges" in tree:
+            tree[RANGES] = tree.pop("ranges")  # as earlier versions called the collection
+        return PackedModel(tree, without_weights(spec), str(header["network"]))
     except OSError:
         raise
     except Exception as error:  # damage shows in many ways
