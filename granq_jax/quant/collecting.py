@@ -26,10 +26,10 @@ class Record(flax.struct.PyTreeNode):
     Attributes:
       kind: what they are of, static.
       path: of the module, static.
-      arrays: by name.
+      arrays: by name; or ``None`` where there is none.
     """
 
-    arrays: dict[str, jax.Array | None]
+    arrays: dict[str, Any]
     kind: str = flax.struct.field(pytree_node=False)
     path: str = flax.struct.field(pytree_node=False)
     copies: int = flax.struct.field(default=0, pytree_node=False)  # leading axes that vmaps have put there

@@ -47,7 +47,8 @@ def _followed(jaxpr: jex.Jaxpr, holds_levels: Sequence[bool]) -> tuple[list[bool
             record = jax.tree.unflatten(eqn.params["tree"], eqn.invars[1:])
             results = [record.kind == LEVELS or of_operands[0]] * len(eqn.outvars)
             if record.kind == INPUT:
-                found.append(LayerInput(record.path, eqn.invars[0].aval.shape, of_operands[0]))
+                aval: Any = eqn.invars[0].aval
+                found.append(LayerInput(record.path, aval.shape, of_operands[0]))
         elif eqn.primitive.name in _MOVES:
             results = [all(of_operands)] * len(eqn.outvars)
         elif eqn.primitive.name == "scan":

@@ -70,7 +70,7 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
         with without_collecting():
             images, observations = jax.device_get(inspect(*variables))
             call = variables[-1], images[:1]
-            layouts, shares = (find(*call, **mode) for find in (quantized.layouts, quantized.shares))
+            layouts, shares = quantized.layouts(*call, **mode), quantized.shares(*call, **mode)
         return Inspection(
             images.reshape(shown, a_class, *images.shape[1:]),
             classes,
