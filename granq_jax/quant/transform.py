@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.core
 import flax.linen as nn
 import flax.struct
 import flax.traverse_util
@@ -52,11 +53,8 @@ _LOGGER = logging.getLogger(__name__)
 ARITHMETICS = ("float", "integer")
 Watch = Callable[[nn.Module, Any], dict[str, jax.Array] | None]
 _ACTIVATION, _WATCHED = "activation", "watched"
-_NO_WEIGHTS = (
-    "bias",
-    "scale",
-    "embedding",
-)  # parameters that nobody takes for weights, if there are several of them in an array
+# Parameters that nobody takes for weights, though an array of them may have two dimensions.
+_NO_WEIGHTS = ("bias", "scale", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,7 +360,8 @@ class QuantizedModel:
         token = own_token() if self.arithmetic == "integer" else token_of(*how, keep, watch)
 
         def run(leave, variables, args, kwargs):
-            interceptor = of_calls(self._interceptor(leave, watch, params, survey, RANGES in variables))
+            are_kept = RANGES in variables or flax.core.scope.in_filter(kwargs.get("mutable", False), RANGES)
+            interceptor = of_calls(self._interceptor(leave, watch, params, survey, are_kept))
             return applied(self.model, interceptor, token, variables, args, kwargs)
 
         if "params" in variables:
@@ -373,7 +372,7 @@ class QuantizedModel:
         return collected(run, variables, args, kwargs, is_lifted=survey.is_lifted)
 
     def _interceptor(
-        self, leave: Leave, watch: Watch | None, params: Any, survey: Survey, has_ranges: bool
+        self, leave: Leave, watch: Watch | None, params: Any, survey: Survey, are_kept: bool
     ) -> Interceptor:
         codes: dict[int, tuple[jax.Array, QuantizedArray]] = {}  # of activations, by the identity of the array
         calls: collections.Counter[str] = collections.Counter()
@@ -382,7 +381,7 @@ class QuantizedModel:
         def quantized(module, x, grouping=None):
             path = "/".join(module.path)
             site, shape = self.spec.at(path), x.shape
-            if len(shape) < 2:
+            if len(shape) < 2 and site.act_bits is not None:
                 raise ValueError(
                     f"QuantSpec.placement: {self.spec.placement!r} finds an array of shape {shape} at {path!r}; "
                     "allowed are two or more dimensions, samples first"
@@ -390,7 +389,7 @@ class QuantizedModel:
             x = x if grouping is None else grouping.merged(x)
             y, within = x, None
             if site.act_bits is not None and site.act_ranges == "moving_average":
-                within = self._range(module, f"range{calls[path]}", x, site.act_granularity, has_ranges)
+                within = self._range(module, f"range{calls[path]}", x, site.act_granularity, are_kept)
                 calls[path] += 1
                 y = fake_quant_within(x, within, site.act_bits)
             elif site.act_bits is not None:
@@ -489,13 +488,13 @@ class QuantizedModel:
 
         return interceptor
 
-    def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str, has_ranges: bool) -> jax.Array:
+    def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str, are_kept: bool) -> jax.Array:
         """The moving average to quantize an activation of ``module`` with, moved first where it may be."""
         average: jax.Array | None = module.get_variable(RANGES, name)
         moves = module.is_mutable_collection(RANGES)
         if average is not None and not moves:
             return average
-        if average is None and has_ranges and not moves:
+        if average is None and are_kept and not moves:
             raise ValueError(
                 f"QuantSpec.act_ranges: got 'moving_average', but no range is kept for {'/'.join(module.path)!r}: the "
                 "ranges are another model's, or a transform keeps them out; allowed are act_ranges='dynamic', "

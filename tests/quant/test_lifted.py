@@ -261,8 +261,9 @@ def test_kept_ranges_that_a_transform_keeps_out_are_refused():
     variables = Kept().init(jax.random.key(0), x)
     spec = QuantSpec(placement="operand", act_granularity="tensor", act_ranges="moving_average")
     assert quantize(Kept(), spec).apply(variables, x).shape == (2, 4)  # measured on the batch at hand
-    with one_line_error(ValueError, "moving_average", "s/Dense_0", "variable_axes"):
-        quantize(Kept(), spec).apply({**variables, "granq_ranges": {"s": {"Dense_0": {}}}}, x)
+    for kept, mutable in (({"granq_ranges": {"s": {"Dense_0": {}}}}, False), ({}, ["granq_ranges"])):
+        with one_line_error(ValueError, "moving_average", "s/Dense_0", "variable_axes"):
+            quantize(Kept(), spec).apply({**variables, **kept}, x, mutable=mutable)
 
 
 class Own(nn.Module):
@@ -274,6 +275,14 @@ class Own(nn.Module):
     def __call__(self, x):
         x = x @ self.param(self.name_of_weight, nn.initializers.lecun_normal(), (x.shape[-1], 16))
         return nn.Dense(4, name="head")(x + nn.Embed(3, 16, name="embed")(jnp.zeros(x.shape[0], int)))
+
+
+def test_an_input_of_one_dimension_may_stay_as_it_is():
+    model, x = nn.Sequential([nn.Dense(3)]), jnp.ones(4)
+    variables = model.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(quantize(model, NONE).apply(variables, x), model.apply(variables, x))
+    with one_line_error(ValueError, "(4,)", "'layers_0'", "two or more dimensions"):
+        quantize(model, QuantSpec(placement="operand")).apply(variables, x)
 
 
 @pytest.mark.parametrize("name", ["weight", "kernel"])
