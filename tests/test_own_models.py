@@ -235,11 +235,11 @@ def test_batch_norms_in_a_scan_give_the_loss_of_those_in_a_loop(x64):
         state = trainer.init(teacher)
         z, labels = sample_noise(trainer, state.step, jnp.arange(4))
         state, metrics = jax.jit(update, static_argnums=(0, 1))(trainer, False, state, teacher, z, labels)
-        found.append((metrics, state.generator))
+        found.append((metrics, state.generator_opt[0].mu))  # half of the gradients
     for name in ("loss_g", "loss_s", "bns"):
         np.testing.assert_allclose(found[0][0][name], found[1][0][name], rtol=1e-9)
     for a, b in zip(jax.tree.leaves(found[0][1]), jax.tree.leaves(found[1][1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)  # of a bias before a batch norm, 0 but for rounding
 
 
 class Flagged(nn.Module):
