@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -21,9 +22,11 @@ import safetensors.flax
 
 from granq_jax.paths import expanded
 from granq_jax.processes import from_first, is_first
+from granq_jax.quant import RANGES
 from granq_jax.record import write_bytes
 from granq_jax.stopping import RunError
 from granq_jax.tensor_files import joined
+from granq_jax.trainer import AVERAGE
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -217,6 +220,17 @@ class Checkpoints:
         raise next(filter(_may_pass, errors), errors[0])
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            return self._read_as(step, target)
+        except Exception:
+            if not isinstance(target, dict) or not _FORMERLY.keys() & target.get("student", {}).keys():
+                raise
+            with contextlib.suppress(Exception):  # then the first reason is the one to tell
+                arrays, notes = self._read_as(step, _renamed(target, _FORMERLY))
+                return _renamed(arrays, {former: name for name, former in _FORMERLY.items()}), notes
+            raise
+
+    def _read_as(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         items = self._args.Composite(state=self._args.StandardRestore(target), record=self._args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         record = restored.record
@@ -242,6 +256,15 @@ class Checkpoints:
             raise RunError(
                 f"a checkpoint could not be written to {str(self._directory)!r}: {_one_line(error)}"
             ) from error
+
+
+# What collections of a student were called by earlier versions, in whose checkpoints they still are.
+_FORMERLY = {RANGES: "ranges", AVERAGE: "average"}
+
+
+def _renamed(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    student = {names.get(name, name): collection for name, collection in state["student"].items()}
+    return {**state, "student": student}
 
 
 def _digest(arrays: Any, notes: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from granq_jax.compilation_cache import COMPILED_FAST
 from granq_jax.devices import place, sample_index, settle
 from granq_jax.memory import compile_to_repeat, without_collecting
 from granq_jax.progress import Progress
-from granq_jax.quant import quantize, shares_in_words
+from granq_jax.quant import quantize
 from granq_jax.step import CHECKED, mapped_step
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode
 
@@ -179,7 +179,7 @@ def _check_fit(trainer: Trainer, teacher: Variables) -> None:
             f"{logits.shape}"
         )
     _check_logits(trainer, teacher, shape)
-    _LOGGER.info(shares_in_words(quantize(model, trainer.spec).sites(dict(teacher), images, **mode)))
+    _LOGGER.info("%s", quantize(model, trainer.spec).shares(dict(teacher), images, **mode))
 
 
 def _check_logits(trainer: Trainer, teacher: Variables, shape: tuple[int, int, int]) -> None:

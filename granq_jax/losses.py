@@ -118,7 +118,8 @@ def label_distillation(teacher: jax.Array, student: jax.Array, labels: jax.Array
     The first mean is over samples and classes alike, as the released code of GDFQ has it, so that its weight is a
     C-th of what is usual.
     """
-    log_t, log_s = (jax.nn.log_softmax(wide(logits) / temperature) for logits in (teacher, student))
+    teacher, student = wide(teacher), wide(student)  # once, so that the gradients of both terms add up in float32
+    log_t, log_s = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
     divergence = jnp.mean(jnp.exp(log_t) * (log_t - log_s))
     return temperature**2 * divergence + label_cross_entropy(student, labels)
 

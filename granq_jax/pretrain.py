@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -123,7 +124,7 @@ def pretrain(
         optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
 
-    mode = {name: not value for name, value in evaluation_mode(model).items()}
+    mode: dict[str, Any] = {name: not value for name, value in evaluation_mode(model).items()}
 
     def train_step(variables, opt_state, images, labels):
         def loss_of(params):

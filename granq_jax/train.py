@@ -26,14 +26,14 @@ from granq_jax.joint_run import JointRun, NonFiniteError
 from granq_jax.metrics import MetricsLog
 from granq_jax.paths import expanded
 from granq_jax.processes import check_alike, from_first, interruptible_together, is_first, together
-from granq_jax.quant import effective_weight_bits
+from granq_jax.quant import Shares, effective_weight_bits, quantize
 from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_bytes, write_json, write_text
 from granq_jax.reporting import REPORT, Inspection, RunRecord, image_grid, inspector, run_page, run_record
 from granq_jax.run_notes import RunNotes
 from granq_jax.splits import Split
 from granq_jax.stopping import Interrupted, Interruption, RunError, interruptible
 from granq_jax.teachers import check_loads, check_teacher, load_teacher
-from granq_jax.trainer import TrainState, Variables
+from granq_jax.trainer import TrainState, Variables, evaluation_mode
 from granq_jax.workdir import (
     HELD_OUT,
     RESULT,
@@ -196,6 +196,7 @@ class _Loop:
         ) as self._log:
             if self._run.step:
                 self._log.say(f"goes on after step {self._run.step} of {self._total}")
+            self._log.say(str(self._shares(teacher)))
             evaluate = None
             if split is not None:
                 evaluate = student_accuracy(trainer, split, config.eval_batch_size, devices)
@@ -239,6 +240,7 @@ class _Loop:
             "effective_act_bits": inspection.activation_storage.effective_bits,
             "storage_bytes": inspection.storage,
             "activation_bytes": inspection.activation_storage.bytes,
+            "quantized_shares": inspection.shares._asdict(),
             "teacher": config.teacher,
             **percentages("teacher", notes.teacher_accuracy),
             **percentages("student", notes.accuracy_before, "_before"),
@@ -259,6 +261,12 @@ class _Loop:
             "versions": versions(),
         }
         return result, inspection
+
+    def _shares(self, teacher: Variables) -> Shares:
+        trainer = self._run.trainer
+        size, channels = trainer.generator.image_size, trainer.generator.channels
+        images = jax.ShapeDtypeStruct((1, size, size, channels), trainer.dtype)
+        return quantize(trainer.model, trainer.spec).shares(teacher, images, **evaluation_mode(trainer.model))
 
     def _take_steps(
         self, teacher: Variables, evaluate: Evaluation | None, inspect: Callable[[TrainState], Inspection]

@@ -261,12 +261,12 @@ class Trainer:
         if self.generator.classes < 2:
             raise ValueError(
                 f"Generator.classes: got {self.generator.classes}, allowed are whole numbers from 2: softmax over a "
-                "single class is always 1, so that nothing can be learned from it; of a single logit z, make two, (0, z)"
+                "single class is always 1, so that nothing can be learned from it; make two of a logit z, (0, z)"
             )
-        if self.dtype not in (jnp.float32, jnp.float64):
+        if jnp.dtype(self.dtype).name not in ("float32", "float64"):
             raise ValueError(
-                f"Trainer.dtype: got {jnp.dtype(self.dtype).name}, allowed are float32 and float64: the generator, whose "
-                "parameters have it too, cannot learn in less; the model may compute in any"
+                f"Trainer.dtype: got {jnp.dtype(self.dtype).name}, allowed are float32 and float64: the generator's "
+                "parameters have it too, and cannot learn in less; the model may compute in any"
             )
         check_choice("Trainer.impl", self.impl, IMPLEMENTATIONS)
         check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from granq_jax.checkpoint import Checkpoints, digest
+from granq_jax.quant import RANGES
 from granq_jax.stopping import RunError
+from granq_jax.trainer import AVERAGE
 from tests.conftest import one_line_error
 
 
@@ -222,3 +224,16 @@ def test_a_digest_tells_values_names_and_types_apart():
     arrays = [{"a": np.zeros(4)}, {"b": np.zeros(4)}, {"a": np.ones(4)}, {"a": np.zeros(4, np.float32)}]
     arrays += [{"a": np.zeros((2, 2))}, {"a": np.int32(0)}]
     assert len({digest(tree) for tree in arrays}) == len(arrays)
+
+
+def test_collections_under_their_former_names_are_found(tmp_path):
+    def state(*names):
+        return {"step": jnp.int32(3), "student": {name: {"x": jnp.full(2, i)} for i, name in enumerate(names)}}
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state("params", "ranges", "average"), {"seconds": 1.0})
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = checkpoints.newest(jax.eval_shape(lambda: state("params", RANGES, AVERAGE)))
+    expected = jax.device_get(state("params", RANGES, AVERAGE))
+    assert saved.state.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, saved.state, expected)

@@ -31,7 +31,7 @@ RESULT = {
     *("dataset", "eval_examples", "network", "weight_bits", "act_bits", "weight_granularity", "act_granularity"),
     *("teacher_top1", "student_top1_before", "student_top1", "best_top1", "best_step", "steps", "seconds_per_step"),
     *("compile_seconds", "peak_rss_mb", "seed", "devices", "versions", "effective_weight_bits"),
-    *("effective_act_bits", "storage_bytes", "activation_bytes"),
+    *("effective_act_bits", "storage_bytes", "activation_bytes", "quantized_shares"),
 }
 TRAIN_LINE = ["step", "epoch", "loss_g", "loss_s", "hinge", "onehot", "bns", "lr_g", "lr_s", "seconds"]
 
@@ -72,6 +72,8 @@ def test_the_result(finished, table):
     assert result["best_top1"] >= result["student_top1"]
     assert {str(result["best_step"]), "12"} <= {path.name for path in (workdir / "checkpoints").iterdir()}
     assert 3.0 < result["effective_weight_bits"] < 4.0
+    assert result["quantized_shares"]["weights"] == 1
+    assert 0.8 < result["quantized_shares"]["layer_inputs"] < 1  # the image and the pooled features are not
 
 
 def test_the_metrics(finished):

@@ -25,9 +25,17 @@ import safetensors.numpy
 from granq_jax.checks import check_choice
 from granq_jax.export.bits import pack, unpack
 from granq_jax.paths import expanded
-from granq_jax.quant import QuantizedArray, QuantSpec, quantize_params, weight_paths, without_weights
+from granq_jax.quant import (
+    RANGES,
+    Layout,
+    QuantizedArray,
+    QuantSpec,
+    quantize_params,
+    weight_paths,
+    without_weights,
+)
 from granq_jax.quant.affine import affine_values
-from granq_jax.quant.weights import quantize_weight
+from granq_jax.quant.weights import plain_layouts, quantize_weight
 from granq_jax.record import write_bytes
 from granq_jax.tensor_files import MAX_HEADER_BYTES, joined, open_safetensors, split_name
 
@@ -52,18 +60,28 @@ class PackedModel(NamedTuple):
     network: str
 
 
-def weight_codes(params: Mapping[str, Any], spec: QuantSpec) -> dict[str, QuantizedArray]:
+def weight_codes(
+    params: Mapping[str, Any], spec: QuantSpec, layouts: Mapping[str, Layout] | None = None
+) -> dict[str, QuantizedArray]:
     """The codes of every weight that ``spec`` quantizes, by the path of its module.
 
-    Their values are those of :func:`granq_jax.quant.quantize_params` by XLA, bit for bit.
+    Their values are those of :func:`granq_jax.quant.quantize_params` by XLA, bit for bit; ``layouts`` are the same.
 
     Raises:
       ValueError: if a weight holds NaN or infinity.
     """
     found = {}
-    expected = weight_paths(jax.device_get(quantize_params(params, spec, "xla")))
-    for path, weight in weight_paths(params).items():
-        q = jax.device_get(quantize_weight(weight, spec.at(path)))
+    if layouts is None:
+        layouts = plain_layouts(params)
+        for path, layout in layouts.items():
+            if layout.ndim not in (2, 4) and spec.at(path).weight_bits is not None:
+                raise ValueError(
+                    f"layouts: got None, but the weight of {path!r} has {layout.ndim} dimensions, of which several may "
+                    "be output features or layers; give quantize(model, spec).layouts(variables, images)"
+                )
+    expected = weight_paths(jax.device_get(quantize_params(params, spec, "xla", layouts)), layouts)
+    for path, weight in weight_paths(params, layouts).items():
+        q = jax.device_get(quantize_weight(weight, spec.at(path), layouts[path]))
         if q is None:
             continue
         if not np.isfinite(weight).all():
@@ -79,7 +97,13 @@ def weight_values(codes: Any, step: Any, zero_point: Any, dtype: Any) -> Any:
     return affine_values(codes.astype(step.dtype), step, zero_point).astype(dtype)
 
 
-def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec, network: str = "") -> int:
+def save_packed(
+    path: str | Path,
+    variables: Mapping[str, Any],
+    spec: QuantSpec,
+    network: str = "",
+    layouts: Mapping[str, Layout] | None = None,
+) -> int:
     """Writes a quantized model to a ``.safetensors`` file, whole or not at all.
 
     Args:
@@ -87,6 +111,9 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
       variables: of the float model, as they are given to ``quantize(model, spec).apply``.
       spec: how its weights and activations are quantized. Classes in it are saved by their names.
       network: the model's name, for those who load it.
+      layouts: of the weights, ``quantize(model, spec).layouts(variables, images)``. Without them, every
+        ``kernel`` is taken for that of a convolution or dense layer, (..., I, O): of a model whose layers are
+        stacked (``nn.scan``), transposed or have several axes of features, codes would not be the student's.
 
     Returns:
       The size of the file in bytes.
@@ -105,7 +132,7 @@ def save_packed(path: str | Path, variables: Mapping[str, Any], spec: QuantSpec,
       ('head', True)
     """
     variables = jax.device_get(dict(variables))
-    codes = weight_codes(variables["params"], spec)
+    codes = weight_codes(variables["params"], spec, layouts)
     tensors, described, empty = {}, {}, []
     for keys, leaf in flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True).items():
         name, module = joined(keys), "/".join(keys[1:-1])
@@ -166,6 +193,8 @@ def load_packed(path: str | Path) -> PackedModel:
         variables |= tensors
         variables |= dict.fromkeys(header.get("empty", ()), flax.traverse_util.empty_node)
         tree = flax.traverse_util.unflatten_dict({split_name(name): leaf for name, leaf in variables.items()})
+        if spec.act_ranges == "moving_average" and RANGES not in tree and "ranges" in tree:
+            tree[RANGES] = tree.pop("ranges")  # as earlier versions called the collection
         return PackedModel(tree, without_weights(spec), str(header["network"]))
     except OSError:
         raise

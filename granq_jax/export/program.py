@@ -68,7 +68,10 @@ def export_program(
         raise ValueError("batch_size: got None with impl='pallas', allowed is a whole number")
     if impl == "pallas" and tuple(platforms) != ("cuda",):
         raise ValueError(f"platforms: got {tuple(platforms)} with impl='pallas', allowed is ('cuda',)")
-    weights = weight_codes(variables["params"], spec)
+    images = jax.ShapeDtypeStruct((1, *image_shape), dtype)
+    inputs = jax.eval_shape(prepare, images)
+    layouts = quantize(model, spec).layouts(variables, inputs, **call)
+    weights = weight_codes(variables["params"], spec, layouts)
     student = quantize(model, without_weights(spec), impl=impl)
 
     def logits(images):

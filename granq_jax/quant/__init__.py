@@ -16,9 +16,8 @@ from granq_jax.quant.storage import effective_weight_bits as effective_weight_bi
 from granq_jax.quant.storage import storage_bytes as storage_bytes
 from granq_jax.quant.transform import Observation as Observation
 from granq_jax.quant.transform import QuantizedModel as QuantizedModel
+from granq_jax.quant.transform import Shares as Shares
 from granq_jax.quant.transform import Site as Site
 from granq_jax.quant.transform import quantize as quantize
-from granq_jax.quant.transform import shares as shares
-from granq_jax.quant.transform import shares_in_words as shares_in_words
 from granq_jax.quant.weights import quantize_params as quantize_params
 from granq_jax.quant.weights import weight_paths as weight_paths

@@ -26,10 +26,10 @@ class Record(flax.struct.PyTreeNode):
     Attributes:
       kind: what they are of, static.
       path: of the module, static.
-      arrays: by name.
+      arrays: by name; or ``None`` where there is none.
     """
 
-    arrays: dict[str, jax.Array | None]
+    arrays: dict[str, Any]
     kind: str = flax.struct.field(pytree_node=False)
     path: str = flax.struct.field(pytree_node=False)
     copies: int = flax.struct.field(default=0, pytree_node=False)  # leading axes that vmaps have put there
@@ -86,7 +86,7 @@ def collected(function: Callable[..., Any], *args: Any, is_lifted: bool) -> tupl
 
         return function(leave, *args), records
 
-    of_arrays, arrays = over_arrays(partial(function, _mark), *args)
+    of_arrays, arrays = over_arrays(partial(function, mark), *args)
     closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
     # A trace may mark an array and then not be used, as the first one of nn.scan's is.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
@@ -94,16 +94,18 @@ def collected(function: Callable[..., Any], *args: Any, is_lifted: bool) -> tupl
     return jax.tree.unflatten(jax.tree.structure(shape), outputs), [one for record in records for one in _each(record)]
 
 
-_mark_p = jex.Primitive("granq_mark")
-_mark_p.multiple_results = True
-_mark_p.def_impl(lambda *arrays, **_: arrays)
-_mark_p.def_abstract_eval(lambda *arrays, **_: arrays)
-mlir.register_lowering(_mark_p, lambda _, *arrays, **__: arrays)
+mark_p = jex.Primitive("granq_mark")
+mark_p.multiple_results = True
+mark_p.def_impl(lambda *arrays, **_: arrays)
+mark_p.def_abstract_eval(lambda *arrays, **_: arrays)
+mlir.register_lowering(mark_p, lambda _, *arrays, **__: arrays)
 
 
-def _mark(x, kind, path, /, **arrays):
+def mark(x: jax.Array, kind: str, path: str, /, **arrays: jax.Array | None) -> jax.Array:
+    """``x``; whoever looks at the program finds the arrays there."""
     leaves, tree = jax.tree.flatten(Record(arrays, kind, path))
-    return _mark_p.bind(x, *leaves, tree=tree)[0]
+    marked: jax.Array = mark_p.bind(x, *leaves, tree=tree)[0]
+    return marked
 
 
 def _batched(operands, axes, *, tree):
@@ -111,10 +113,10 @@ def _batched(operands, axes, *, tree):
     in_front = [batching.bdim_at_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)]
     record = jax.tree.unflatten(tree, in_front[1:])
     tree = jax.tree.structure(record.replace(copies=record.copies + 1))
-    return _mark_p.bind(*in_front, tree=tree), [0] * len(in_front)
+    return mark_p.bind(*in_front, tree=tree), [0] * len(in_front)
 
 
-batching.primitive_batchers[_mark_p] = _batched
+batching.primitive_batchers[mark_p] = _batched
 
 
 def _evaluated(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> tuple[list[Any], list[Record]]:
@@ -127,7 +129,7 @@ def _evaluated(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        if eqn.primitive is _mark_p:
+        if eqn.primitive is mark_p:
             records.append(jax.tree.unflatten(eqn.params["tree"], operands[1:]))
             results = operands
         elif not _marks(eqn):
@@ -181,12 +183,11 @@ _EVALUATED = {"jit": _jit, "pjit": _jit, "checkpoint": _remat, "remat2": _remat,
 
 def _marks(eqn: Any) -> bool:
     """Whether anything is marked in the programs that an equation holds."""
-    return any(
-        inner.primitive is _mark_p or _marks(inner) for program in _programs(eqn.params) for inner in program.eqns
-    )
+    return any(inner.primitive is mark_p or _marks(inner) for program in programs(eqn.params) for inner in program.eqns)
 
 
-def _programs(params: Any) -> list[Any]:
+def programs(params: Any) -> list[Any]:
+    """The programs among the parameters of an equation."""
     found = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, jex.Jaxpr | jex.ClosedJaxpr))
     return [getattr(x, "jaxpr", x) for x in found if isinstance(x, jex.Jaxpr | jex.ClosedJaxpr)]
 

@@ -130,8 +130,9 @@ def layer_call(module: nn.Module, weight_shape: Sequence[int] | None, ndim: int,
     layout = plain_layout(spatial + 2)
     if isinstance(module, nn.ConvTranspose) and module.transpose_kernel:
         layout = Layout(layout.ndim, layout.inputs, layout.outputs)
-    fits = weight_shape is not None and len(weight_shape) == layout.ndim
-    return Call(layout if fits and weight_shape[layout.outputs[0]] == module.features else None, operand)
+    if weight_shape is None or len(weight_shape) != layout.ndim:
+        return Call(None, operand)
+    return Call(layout if weight_shape[layout.outputs[0]] == module.features else None, operand)
 
 
 def _dense_general(module, weight_shape, ndim):

@@ -92,14 +92,18 @@ def applied(
     if mutable is True:
         named: Any = flax.core.DenyList([token])
     elif isinstance(mutable, flax.core.DenyList):
-        named = flax.core.DenyList([*([mutable.deny] if isinstance(mutable.deny, str) else mutable.deny), token])
+        named = flax.core.DenyList([*_names(mutable.deny), token])
     else:
-        named = [*([mutable] if isinstance(mutable, str) else mutable or ()), token]
+        named = [*_names(mutable or ()), token]
     with nn.intercept_methods(interceptor):
         outputs, changed = model.apply(variables, *args, **{**kwargs, "mutable": named})
     if mutable is False:
         return outputs
     return outputs, {name: collection for name, collection in changed.items() if name != token}
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def own_token() -> str:
@@ -193,7 +197,7 @@ def _survey(call: _Call) -> Survey:
         levels.append(module.scope.trace_level)
         calls[path, type(module)] = None
         if isinstance(module, LAYERS):
-            weight = module.get_variable("params", WEIGHT)
+            weight: Any = module.get_variable("params", WEIGHT)
             x = first_input(args, kwargs)
             if weight is not None and is_array(x):
                 note(path, module, weight, x, einsum_of(module, args, kwargs))

@@ -9,25 +9,27 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.core
 import flax.linen as nn
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from granq_jax.checks import check_choice
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
 from granq_jax.quant import integer
 from granq_jax.quant.affine import QuantizedArray, quantize_codes
-from granq_jax.quant.collecting import Leave, Record, collected, is_array, over_arrays
+from granq_jax.quant.collecting import Leave, Record, collected, is_array, mark, over_arrays
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, has_kernel
 from granq_jax.quant.fake_quant import FrozenNorm, fake_quant, norm_act_fake_quant
+from granq_jax.quant.flow import INPUT, LEVELS, LayerInput, layer_inputs
 from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, layer_call, weight_grouping
 from granq_jax.quant.ranges import RANGES, codes_within, fake_quant_within, measured, moved
 from granq_jax.quant.spec import QuantSpec, granularity_of, in_full_precision
@@ -50,9 +52,9 @@ _LOGGER = logging.getLogger(__name__)
 
 ARITHMETICS = ("float", "integer")
 Watch = Callable[[nn.Module, Any], dict[str, jax.Array] | None]
-_KINDS = ("weight", "activation")
 _ACTIVATION, _WATCHED = "activation", "watched"
-_NO_WEIGHTS = ("bias", "scale")  # parameters that nobody takes for weights, if there are several of them in an array
+# Parameters that nobody takes for weights, though an array of them may have two dimensions.
+_NO_WEIGHTS = ("bias", "scale", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Site:
 
     Attributes:
       path: ``/``-joined path of the module; of an array that is no layer's weight, its own.
-      kind: ``"weight"`` or ``"activation"``.
+      kind: ``"weight"``, ``"activation"``, or ``"input"``: of a layer, and no activation.
       shape: of the array.
       bits: ``None`` where it stays in full precision.
       granularity: which of its elements share a range; ``None`` in full precision.
@@ -84,31 +86,21 @@ class Shares(NamedTuple):
 
     Attributes:
       weights: of the numbers in parameters of two or more dimensions.
-      activations: of those in activations.
+      layer_inputs: of the numbers that convolutions and products are computed on, weights aside.
     """
 
     weights: float
-    activations: float
+    layer_inputs: float
+
+    def __str__(self) -> str:
+        weights, inputs = (f"{100 * share:.1f} %" for share in self)
+        return f"{weights} of the weights and {inputs} of the layers' inputs are quantized"
 
 
-def shares(sites: Iterable[Site]) -> Shares:
-    """How much of what ``sites`` lists is quantized.
-
-    Examples:
-      >>> sites = [Site("a", "weight", (3, 2), 4, "tensor", 4.0), Site("b", "weight", (1, 2), None, None, 32.0)]
-      >>> shares(sites)
-      Shares(weights=0.75, activations=0.0)
-    """
-    sizes = collections.Counter[tuple[str, bool]]()
-    for site in sites:
-        sizes[site.kind, site.bits is not None] += int(np.prod(site.shape, dtype=np.int64))
-    return Shares(*(sizes[kind, True] / max(sizes[kind, True] + sizes[kind, False], 1) for kind in _KINDS))
-
-
-def shares_in_words(sites: Iterable[Site]) -> str:
-    """:func:`shares` as a clause."""
-    of = shares(sites)
-    return f"{100 * of.weights:.1f} % of the weights and {100 * of.activations:.1f} % of the activations are quantized"
+def _share(arrays: Iterable[tuple[tuple[int, ...], bool]]) -> float:
+    """Of the numbers in arrays, given their shapes, those that are in one for which it is true."""
+    sizes = [(math.prod(shape), is_quantized) for shape, is_quantized in arrays]
+    return sum(size for size, is_quantized in sizes if is_quantized) / max(sum(size for size, _ in sizes), 1)
 
 
 class Observation(flax.struct.PyTreeNode):
@@ -201,8 +193,9 @@ class QuantizedModel:
     def sites(self, variables: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
         """Every array of two or more dimensions of ``params``, and every activation; nothing is computed.
 
-        Each is there once, with its bits and granularity; what stays in full precision, as such. Weights that
-        the spec would have quantized, but that belong to no layer that is known, are named in a warning.
+        Each is there once, with its bits and granularity; what stays in full precision, as such. With
+        ``placement="activation"`` that includes inputs of layers that do not come from a quantized activation.
+        Weights that the spec would have quantized, but that belong to no layer that is known, are named in a warning.
         Takes what ``apply`` takes; of arrays, shapes and dtypes are enough.
         """
 
@@ -210,11 +203,61 @@ class QuantizedModel:
             return self.observe(variables, variables, *args, **kwargs)
 
         of_arrays, arrays = over_arrays(observed, variables, args, kwargs)
-        sites = tuple(observation.site for observation in jax.eval_shape(of_arrays, *arrays))
-        left = [site.path for site in sites if site.kind == "weight" and not site.bits and self._is_left(site.path)]
-        if left:
-            _LOGGER.warning("%s; not those of %s", shares_in_words(sites), ", ".join(left))
-        return sites
+        sites = [observation.site for observation in jax.eval_shape(of_arrays, *arrays)]
+        if self.spec.placement == "activation":
+            sites += [
+                Site(x.path, "input", x.shape, None, None, 32.0)
+                for x in self._layer_inputs(variables, args, kwargs)
+                if not x.is_quantized
+            ]
+        if left := [
+            site.path for site in sites if site.kind == "weight" and not site.bits and self._is_left(site.path)
+        ]:
+            _LOGGER.warning(
+                "these weights stay in full precision, for they belong to no layer that is known (%s): %s",
+                ", ".join(layer.__name__ for layer in LAYERS),
+                ", ".join(left),
+            )
+        return tuple(sites)
+
+    def shares(self, variables: Any, *args: Any, **kwargs: Any) -> Shares:
+        """How much of the model is quantized; nothing is computed. Takes what ``sites`` takes.
+
+        Examples:
+          >>> import jax, flax.linen as nn
+          >>> model = nn.Sequential([nn.Dense(2), nn.relu, nn.Dense(6)])
+          >>> variables = model.init(jax.random.key(0), jax.numpy.ones((1, 4)))
+          >>> spec = QuantSpec(placement="operand", overrides=(("0$", dict(act_bits=None)),))
+          >>> print(quantize(model, spec).shares(variables, jax.numpy.ones((1, 4))))
+          100.0 % of the weights and 33.3 % of the layers' inputs are quantized
+        """
+        sites = self.sites(variables, *args, **kwargs)
+        if self.spec.placement == "operand":
+            inputs = [(site.shape, site.bits is not None) for site in sites if site.kind == "activation"]
+        else:
+            inputs = [(x.shape, x.is_quantized) for x in self._layer_inputs(variables, args, kwargs)]
+        return Shares(_share((s.shape, s.bits is not None) for s in sites if s.kind == "weight"), _share(inputs))
+
+    def _layer_inputs(self, variables: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[LayerInput]:
+        """The inputs of layers, with ``placement="activation"``."""
+
+        def interceptor(next_call, args, kwargs, context):
+            module, path = context.module, "/".join(context.module.path)
+            if isinstance(module, LAYERS):
+                args, kwargs = with_first_input(args, kwargs, mark(jnp.asarray(first_input(args, kwargs)), INPUT, path))
+            outputs = next_call(*args, **kwargs)
+            is_quantized = self._is_activation(type(module)) and self.spec.at(path).act_bits is not None
+            return mark(outputs, LEVELS, path) if is_quantized else outputs
+
+        def run(variables, args, kwargs):
+            return applied(self.model, of_calls(interceptor), own_token(), variables, args, kwargs)
+
+        of_arrays, arrays = over_arrays(run, nn.meta.unbox(variables), args, kwargs)
+        return layer_inputs(jax.make_jaxpr(of_arrays)(*arrays).jaxpr)
+
+    def _is_activation(self, cls: type[nn.Module]) -> bool:
+        """Whether outputs of modules of a class are activations, with ``placement="activation"``."""
+        return any(_is_of_class(cls, wanted) for wanted in (Activation, *self.spec.activation_modules))
 
     def observe(self, teacher: Any, variables: Any, *args: Any, **kwargs: Any) -> tuple[Observation, ...]:
         """How far quantization moves every weight and every activation of one batch.
@@ -226,8 +269,8 @@ class QuantizedModel:
           **kwargs: as for ``apply``.
 
         Returns:
-          An :class:`Observation` for each of ``sites``, in the same order: weights, then activations
-          as the model comes to them. May be jitted.
+          An :class:`Observation` for each weight and activation of ``sites``, in the same order: weights, then
+          activations as the model comes to them. May be jitted.
 
         Examples:
           >>> import jax, flax.linen as nn
@@ -286,7 +329,7 @@ class QuantizedModel:
     def _is_left(self, path: str) -> bool:
         """Whether the spec would quantize an array that stays in full precision, if it were a layer's weight."""
         module, _, name = path.rpartition("/")
-        return name not in _NO_WEIGHTS and any(self.spec.at(p).weight_bits is None for p in (path, module)) is False
+        return name not in _NO_WEIGHTS and all(self.spec.at(p).weight_bits is not None for p in (path, module))
 
     def _surveyed(self, variables: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
         """The survey of the model, in which the spec was found to match something."""
@@ -317,7 +360,8 @@ class QuantizedModel:
         token = own_token() if self.arithmetic == "integer" else token_of(*how, keep, watch)
 
         def run(leave, variables, args, kwargs):
-            interceptor = of_calls(self._interceptor(leave, watch, params, survey, RANGES in variables))
+            are_kept = RANGES in variables or flax.core.scope.in_filter(kwargs.get("mutable", False), RANGES)
+            interceptor = of_calls(self._interceptor(leave, watch, params, survey, are_kept))
             return applied(self.model, interceptor, token, variables, args, kwargs)
 
         if "params" in variables:
@@ -328,7 +372,7 @@ class QuantizedModel:
         return collected(run, variables, args, kwargs, is_lifted=survey.is_lifted)
 
     def _interceptor(
-        self, leave: Leave, watch: Watch | None, params: Any, survey: Survey, has_ranges: bool
+        self, leave: Leave, watch: Watch | None, params: Any, survey: Survey, are_kept: bool
     ) -> Interceptor:
         codes: dict[int, tuple[jax.Array, QuantizedArray]] = {}  # of activations, by the identity of the array
         calls: collections.Counter[str] = collections.Counter()
@@ -337,7 +381,7 @@ class QuantizedModel:
         def quantized(module, x, grouping=None):
             path = "/".join(module.path)
             site, shape = self.spec.at(path), x.shape
-            if len(shape) < 2:
+            if len(shape) < 2 and site.act_bits is not None:
                 raise ValueError(
                     f"QuantSpec.placement: {self.spec.placement!r} finds an array of shape {shape} at {path!r}; "
                     "allowed are two or more dimensions, samples first"
@@ -345,7 +389,7 @@ class QuantizedModel:
             x = x if grouping is None else grouping.merged(x)
             y, within = x, None
             if site.act_bits is not None and site.act_ranges == "moving_average":
-                within = self._range(module, f"range{calls[path]}", x, site.act_granularity, has_ranges)
+                within = self._range(module, f"range{calls[path]}", x, site.act_granularity, are_kept)
                 calls[path] += 1
                 y = fake_quant_within(x, within, site.act_bits)
             elif site.act_bits is not None:
@@ -444,16 +488,16 @@ class QuantizedModel:
 
         return interceptor
 
-    def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str, has_ranges: bool) -> jax.Array:
+    def _range(self, module: nn.Module, name: str, x: jax.Array, granularity: str, are_kept: bool) -> jax.Array:
         """The moving average to quantize an activation of ``module`` with, moved first where it may be."""
         average: jax.Array | None = module.get_variable(RANGES, name)
         moves = module.is_mutable_collection(RANGES)
         if average is not None and not moves:
             return average
-        if average is None and has_ranges and not moves:
+        if average is None and are_kept and not moves:
             raise ValueError(
-                f"QuantSpec.act_ranges: got 'moving_average', but no range is kept for {'/'.join(module.path)!r}: either "
-                "the ranges are another model's, or a transform does not let them in; allowed are act_ranges='dynamic', "
+                f"QuantSpec.act_ranges: got 'moving_average', but no range is kept for {'/'.join(module.path)!r}: the "
+                "ranges are another model's, or a transform keeps them out; allowed are act_ranges='dynamic', "
                 f"or nn.scan and nn.vmap with {RANGES!r} among their variable_axes"
             )
         within = measured(x, granularity, self.axis_name)
@@ -467,14 +511,13 @@ class QuantizedModel:
         name, weights, spec = type(self.model).__name__, survey.layouts, self.spec
         if spec.weight_bits is not None and not weights and not survey.unknown:
             raise ValueError(
-                f"QuantSpec.weight_bits: {name} has no weight to quantize: no flax.linen layer of "
-                f"{', '.join(layer.__name__ for layer in LAYERS)} with a parameter named {WEIGHT!r} was called"
+                f"QuantSpec.weight_bits: {name} has no parameter named {WEIGHT!r} to quantize: of the layers of "
+                f"flax.linen ({', '.join(layer.__name__ for layer in LAYERS)}) none was called"
             )
         if spec.placement == "operand":
             activations = [path for path, cls in survey.calls if issubclass(cls, LAYERS)]
         else:
-            classes = (Activation, *spec.activation_modules)
-            activations = [path for path, cls in survey.calls if any(_is_of_class(cls, wanted) for wanted in classes)]
+            activations = [path for path, cls in survey.calls if self._is_activation(cls)]
         if spec.act_bits is not None and not activations:
             what = "no Activation module" if spec.placement == "activation" else "no convolution or dense layer"
             raise ValueError(
@@ -559,7 +602,9 @@ def check_linen(field: str, model: Any) -> None:
     """Raises a ``TypeError``, naming ``field``, if ``model`` is not a linen module; what to do if it is one of nnx."""
     if isinstance(model, nn.Module):
         return
-    if isinstance(model, flax.nnx.Module):
+    from flax import nnx  # here: linen's users need not wait for it
+
+    if isinstance(model, nnx.Module):
         raise TypeError(
             f"{field}: got {type(model).__name__}, a module of flax.nnx, which cannot be quantized yet; allowed is an "
             "instance of flax.linen.Module: write the network in linen and give it the same values as variables"

@@ -11,8 +11,7 @@ import numpy as np
 
 from granq_jax.memory import without_collecting
 from granq_jax.platforms import traced_for
-from granq_jax.quant import ActivationStorage, Observation, activation_storage, quantize, storage_bytes
-from granq_jax.quant.weights import weight_paths
+from granq_jax.quant import ActivationStorage, Observation, Shares, activation_storage, quantize, storage_bytes
 from granq_jax.trainer import Trainer, TrainState, Variables, evaluation_mode, random_key
 
 CLASSES_SHOWN = 10
@@ -27,10 +26,10 @@ class Inspection(NamedTuple):
       images: generated, (classes, images a class, H, W, C), normalised as the networks take them.
       classes: their labels, (classes,).
       observations: of every weight, and of every activation on these images; on the host.
-      others: parameters that are no weights, and stay in full precision: (arrays, numbers in them) by
-        name.
+      others: parameters of one dimension, which stay in full precision: (arrays, numbers in them) by name.
       storage: see :func:`granq_jax.quant.storage_bytes`.
       activation_storage: see :func:`granq_jax.quant.activation_storage`.
+      shares: how much of the student is quantized.
     """
 
     images: np.ndarray
@@ -39,6 +38,7 @@ class Inspection(NamedTuple):
     others: dict[str, tuple[int, int]]
     storage: dict[str, int]
     activation_storage: ActivationStorage
+    shares: Shares
 
 
 def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], Inspection]:
@@ -47,7 +47,8 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
     The noise is always the same, so that what two states make of it can be compared. Labels are up
     to ``CLASSES_SHOWN`` classes, evenly spaced.
     """
-    generator, student = trainer.generator, quantize(trainer.model, trainer.spec, impl=trainer.impl)
+    generator, quantized = trainer.generator, quantize(trainer.model, trainer.spec, impl=trainer.impl)
+    mode = evaluation_mode(trainer.model)
     shown = min(CLASSES_SHOWN, generator.classes)
     a_class = _IMAGES_A_CLASS[generator.image_size <= _SMALL_IMAGE]
     classes = np.arange(shown, dtype=np.int32) * generator.classes // shown
@@ -60,7 +61,7 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
         z = jax.random.normal(key, (len(labels), trainer.latent), trainer.dtype)
         with traced_for(jax.local_devices()):
             images, _ = generator.apply(generator_variables, z, labels, mutable=["batch_stats"])
-            return images, student.observe(teacher, student_variables, images, **evaluation_mode(trainer.model))
+            return images, quantized.observe(teacher, student_variables, images, **mode)
 
     def look(state: TrainState) -> Inspection:
         # From the host: the state may be spread over devices, of which one is enough here.
@@ -68,26 +69,28 @@ def inspector(trainer: Trainer, teacher: Variables) -> Callable[[TrainState], In
         variables = jax.device_get((state.generator, teacher, student))
         with without_collecting():
             images, observations = jax.device_get(inspect(*variables))
+            call = variables[-1], images[:1]
+            layouts, shares = quantized.layouts(*call, **mode), quantized.shares(*call, **mode)
         return Inspection(
             images.reshape(shown, a_class, *images.shape[1:]),
             classes,
             observations,
             _other_parameters(student["params"]),
-            storage_bytes(student, trainer.spec),
+            storage_bytes(student, trainer.spec, layouts),
             activation_storage(
-                [(o.site.path, o.site.shape) for o in observations if o.site.kind == "activation"], trainer.spec
+                [(o.site.path, o.site.plain_shape) for o in observations if o.site.kind == "activation"], trainer.spec
             ),
+            shares,
         )
 
     return look
 
 
 def _other_parameters(params: Variables) -> dict[str, tuple[int, int]]:
-    weights = {f"{path}/kernel" for path in weight_paths(params)}
     others: dict[str, tuple[int, int]] = {}
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        if path.lstrip("/") not in weights:
-            name = path.rpartition("/")[2]
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        if leaf.ndim < 2:
+            name = path[-1]
             arrays, numbers = others.get(name, (0, 0))
             others[name] = arrays + 1, numbers + leaf.size
     return others

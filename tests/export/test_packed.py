@@ -14,7 +14,7 @@ import safetensors.numpy
 from granq_jax import QuantSpec, create_model, quantize
 from granq_jax.export import load_packed, save_packed
 from granq_jax.export import packed as packed_module
-from granq_jax.quant import quantize_params, storage_bytes
+from granq_jax.quant import RANGES, quantize_params, storage_bytes
 from granq_jax.quant.spec import WEIGHT_GRANULARITIES
 from tests.conftest import one_line_error
 
@@ -241,3 +241,35 @@ def test_files_of_another_kind_are_refused(tmp_path):
         load_packed(path)
     with pytest.raises(FileNotFoundError):
         load_packed(tmp_path / "none.safetensors")
+
+
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.DenseGeneral(5, axis=(-2, -1), name="out")(nn.DenseGeneral((3, 4), name="heads")(x))
+
+
+def test_layers_of_other_forms_are_packed_as_their_model_has_them(tmp_path):
+    model, x = Heads(), np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
+    variables = jax.device_get(model.init(jax.random.key(0), x))
+    spec = QuantSpec(weight_bits=3, act_bits=None, placement="operand")
+    with pytest.raises(ValueError, match=r"'heads' has 3 dimensions.*layouts"):
+        save_packed(tmp_path / "a.safetensors", variables, spec)
+    student = quantize(model, spec)
+    save_packed(tmp_path / "a.safetensors", variables, spec, layouts=student.layouts(variables, x))
+    packed = load_packed(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(
+        quantize(model, packed.spec).apply(packed.variables, x), quantize(model, spec, impl="xla").apply(variables, x)
+    )
+
+
+def test_ranges_under_their_former_name_are_found(tmp_path):
+    model, x = nn.Dense(3), np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    spec = QuantSpec(placement="operand", act_granularity="tensor", act_ranges="moving_average")
+    variables = model.init(jax.random.key(0), x)
+    student = quantize(model, spec)
+    _, ranges = student.apply(variables, x, mutable=[RANGES])
+    save_packed(tmp_path / "a.safetensors", {**variables, "ranges": ranges[RANGES]}, spec)
+    packed = load_packed(tmp_path / "a.safetensors")
+    expected = student.apply({**variables, **ranges}, 0.1 * x)
+    np.testing.assert_array_equal(quantize(model, packed.spec).apply(packed.variables, 0.1 * x), expected)

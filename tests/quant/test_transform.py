@@ -141,7 +141,13 @@ def test_overrides_reach_weights_and_activations(images):
     variables = model.init(jax.random.key(0), images)
     spec = QuantSpec(overrides=(("^conv$", {"weight_bits": 8}), ("^relu$", {"act_bits": None})))
     sites = {(site.path, site.kind): site.bits for site in quantize(model, spec).sites(variables, images)}
-    assert sites == {("conv", "weight"): 8, ("head", "weight"): 3, ("relu", "activation"): None}
+    assert sites == {
+        ("conv", "weight"): 8,
+        ("head", "weight"): 3,
+        ("relu", "activation"): None,
+        ("conv", "input"): None,
+        ("head", "input"): None,
+    }
 
 
 def test_gradients_reach_weights_and_images(images):

@@ -1,0 +1,73 @@
+"""Which inputs of layers hold nothing but levels of quantized activations: followed through a program, not computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+
+from granq_jax.quant.collecting import mark_p, programs
+
+# What moves or picks values, and makes no new ones.
+_MOVES = frozenset(
+    (
+        *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev", "slice", "dynamic_slice"),
+        *("gather", "concatenate", "reduce_window_max", "reduce_max", "copy", "stop_gradient", "split"),
+    )
+)
+LEVELS, INPUT = "levels", "input"  # kinds of marks
+
+
+class LayerInput(NamedTuple):
+    """An input of a layer, and whether it holds nothing but levels."""
+
+    path: str
+    shape: tuple[int, ...]
+    is_quantized: bool
+
+
+def layer_inputs(jaxpr: jex.Jaxpr) -> list[LayerInput]:
+    """Of a program in which the outputs of quantizers are marked as ``LEVELS``, and inputs of layers as ``INPUT``."""
+    return _followed(jaxpr, [False] * len(jaxpr.invars))[1]
+
+
+def _followed(jaxpr: jex.Jaxpr, holds_levels: Sequence[bool]) -> tuple[list[bool], list[LayerInput]]:
+    known: dict[Any, bool] = dict(zip(jaxpr.invars, holds_levels, strict=True))
+    found: list[LayerInput] = []
+
+    def holds(atom):
+        return not isinstance(atom, jex.Literal) and known.get(atom, False)
+
+    for eqn in jaxpr.eqns:
+        of_operands, inner = [holds(atom) for atom in eqn.invars], programs(eqn.params)
+        results = [False] * len(eqn.outvars)
+        if eqn.primitive is mark_p:
+            record = jax.tree.unflatten(eqn.params["tree"], eqn.invars[1:])
+            results = [record.kind == LEVELS or of_operands[0]] * len(eqn.outvars)
+            if record.kind == INPUT:
+                aval: Any = eqn.invars[0].aval
+                found.append(LayerInput(record.path, aval.shape, of_operands[0]))
+        elif eqn.primitive.name in _MOVES:
+            results = [all(of_operands)] * len(eqn.outvars)
+        elif eqn.primitive.name == "scan":
+            results, of_steps = _scan(inner[0], eqn.params, of_operands)
+            found += of_steps
+        elif len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):
+            results, of_call = _followed(inner[0], of_operands)
+            found += of_call
+        known.update(zip(eqn.outvars, results, strict=True))
+    return [holds(atom) for atom in jaxpr.outvars], found
+
+
+def _scan(body, params, of_operands):
+    """What holds in every step: a carry holds levels if it does at the beginning, and after a step if before it."""
+    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    consts, carry, xs = of_operands[:n_consts], of_operands[n_consts:][:n_carry], of_operands[n_consts + n_carry :]
+    while True:
+        results, found = _followed(body, [*consts, *carry, *xs])
+        after = [before and result for before, result in zip(carry, results, strict=False)]
+        if after == carry:
+            return results, found * params["length"]
+        carry = after
