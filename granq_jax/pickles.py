@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 _MAX_ARGUMENTS = 8
-_MAX_OPCODES = 1 << 19  # each may make an object; a batch of CIFAR-100 takes 200,000
+_MAX_OPCODES = 1 << 18  # each may make an object; a batch of CIFAR-100 takes 200,000
 _MAX_NUMBER = 1 << 18  # of a key: it is that of a parameter or an epoch
 
 
@@ -27,6 +27,8 @@ class Unread:
       name: ``module name``, as in ``"argparse Namespace"``.
       state: what the pickle says of the object's attributes, if it does.
     """
+
+    __slots__ = ("name", "state")  # a small file may name many
 
     def __init__(self, name: str):
         self.name = name
@@ -79,6 +81,14 @@ class _Dtype:
         return np.dtype(self._kind).newbyteorder(self._order)
 
 
+def _scalar(dtype: Any, content: Any = None) -> Any:
+    """A number of NumPy's as one of Python's; of another kind it is unread."""
+    try:
+        return np.frombuffer(as_bytes(content), dtype.read())[0].item()
+    except Exception:  # whatever is wrong with it, nothing but itself depends on it
+        return Unread("numpy scalar")
+
+
 def _array_of_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
     """What NumPy calls in pickles of protocol 5."""
     array = PickledArray()
@@ -106,6 +116,7 @@ NUMPY: dict[str, Callable[..., Any]] = {
     "_codecs encode": lambda text, _: as_bytes(text),  # bytes, in a protocol that has none,
     "__builtin__ bytes": lambda: b"",  # and none of them
     **{f"numpy.{core}.multiarray _reconstruct": lambda *_: PickledArray() for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray scalar": _scalar for core in ("core", "_core")},
     **{f"numpy.{core}.numeric _frombuffer": _array_of_buffer for core in ("core", "_core")},
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from granq_jax.data import load_split
-from granq_jax.pickles import NUMPY, unpickle
+from granq_jax.pickles import NUMPY, Unread, unpickle
 from tests.conftest import one_line_error
 
 COUNTS = {"cifar10": {"train": 5, "test": 1}, "cifar100": {"train": 1, "test": 1}}
@@ -121,6 +121,12 @@ def test_the_published_archives_are_read(tmp_path, name, kind, below, split):
 def test_batches_that_python_3_wrote_are_read(tmp_path, name, protocol):
     write_archive(tmp_path, name, "python", python3(protocol))
     check(name, "train", tmp_path)
+
+
+@pytest.mark.parametrize("labels", [np.array, lambda labels: list(map(np.int64, labels))], ids=["array", "NumPy's"])
+def test_labels_of_numpys_are_read(tmp_path, labels):
+    write_archive(tmp_path, "cifar10", "python", lambda *a: python3(4)(a[0], a[1], labels(a[2])))
+    check("cifar10", "train", tmp_path)
 
 
 def test_a_batch_in_fortran_order_is_read(tmp_path):
@@ -269,6 +275,17 @@ def test_binary_files_of_another_length_are_refused(tmp_path, name, extra):
     path.write_bytes(content[:extra] if extra < 0 else content + bytes(extra))
     with one_line_error(ValueError, "config.data_dir", path.name, str(len(content) + extra), "multiples"):
         load_split(name, "test", os.fspath(tmp_path))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numpys_numbers_become_pythons(protocol):
+    numbers = [np.float64(0.5), np.int64(-3), np.uint8(7), np.float16(2), np.bool_(True)]
+    found = unpickle(io.BytesIO(pickle.dumps(numbers, protocol)), NUMPY)
+    assert found == [0.5, -3, 7, 2.0, True]
+    assert [type(number) for number in found] == [float, int, int, float, bool]
+    others = [np.str_("a"), np.datetime64(1, "s"), np.complex64(1)]
+    found = unpickle(io.BytesIO(pickle.dumps(others, protocol)), NUMPY)
+    assert all(isinstance(other, Unread) for other in found)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

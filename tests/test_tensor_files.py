@@ -132,6 +132,8 @@ HOSTILE = {
     "inflated_pickle.pth": lambda: zipped(b"\x80\x02" + bytes(HUGE), {}, zipfile.ZIP_DEFLATED),
     "inflated_byteorder.pth": lambda: pth(compression=zipfile.ZIP_DEFLATED, byteorder=bytes(HUGE)),
     "bytearray.pth": lambda: zipped({KEY: Call("__builtin__ bytearray", (HUGE,))}, {}),
+    "many_dicts.pkl": lambda: b"\x80\x02" + b"}" * 3_000_000,
+    "large_objects.pth": lambda: zipped(b"\x80\x02" + bytes(5_000_000), {}),
     "bytearray8.pth": lambda: zipped(b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".", {}),
     "memo.pth": lambda: zipped(b"\x80\x02}r\xff\xff\xff\xff.", {}),
     "long_text.pth": lambda: zipped(b"\x80\x02}X\xff\xff\xff\x7f.", {}),
