@@ -262,20 +262,22 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _depthwise_convolution(x, kernel, strides, padding):
-    for_cpu, plain = (partial(form, strides=strides, padding=padding) for form in (_sum_of_taps, _plain_depthwise))
-    return by_platform(x, kernel, cpu=for_cpu, default=plain)
+    def shifted(x, kernel):
+        return _sum_of_taps(_padded(x, padding), kernel, strides)
+
+    return by_platform(x, kernel, cpu=shifted, default=partial(_plain_depthwise, strides=strides, padding=padding))
 
 
 @partial(jax.jit, static_argnums=(3, 4))
 def _depthwise_gradients(x, kernel, cotangent, strides, padding):
-    def by_rows(x, kernel, cotangent):
-        (to_x,) = jax.linear_transpose(lambda x: _sum_of_taps(x, kernel, strides, padding), x)(cotangent)
-        return to_x, _depthwise_to_kernel(x, kernel.shape, cotangent, strides, padding)
+    def shifted(x, kernel, cotangent):
+        to_x = _depthwise_to_x(x.shape, kernel, cotangent, strides, padding)
+        return to_x, _depthwise_to_kernel(_padded(x, padding), kernel.shape, cotangent, strides)
 
     def plain(x, kernel, cotangent):
         return jax.vjp(partial(_plain_depthwise, strides=strides, padding=padding), x, kernel)[1](cotangent)
 
-    return by_platform(x, kernel, cotangent, cpu=by_rows, default=plain)
+    return by_platform(x, kernel, cotangent, cpu=shifted, default=plain)
 
 
 def _plain_depthwise(x, kernel, strides, padding):
@@ -284,21 +286,38 @@ def _plain_depthwise(x, kernel, strides, padding):
     )
 
 
-def _sum_of_taps(x, kernel, strides, padding):
+def _padded(x, padding, strides=(1, 1)):
+    """``x`` with zeros around it, and between its pixels where there are strides, as an array.
+
+    XLA would rather compute it, and what it comes from, anew wherever it is read, which is once for each tap.
+    """
+    widths = [(*around, stride - 1) for around, stride in zip(padding, strides, strict=True)]
+    return lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *widths, (0, 0, 0))))
+
+
+def _sum_of_taps(padded, kernel, strides):
     """The depthwise convolution, every tap of the kernel times the pixels that it meets."""
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = kernel.shape[:2]
-    height, width = (
-        (size - taps) // stride * stride + 1
-        for size, taps, stride in zip(padded.shape[1:3], (rows, columns), strides, strict=True)
-    )
-    return sum(
+    height, width = (size - taps + 1 for size, taps in zip(padded.shape[1:3], (rows, columns), strict=True))
+    taps = [
         padded[:, i : i + height : strides[0], j : j + width : strides[1]] * kernel[i : i + 1, j : j + 1]
         for i, j in itertools.product(range(rows), range(columns))
-    )
+    ]
+    return lax.optimization_barrier(sum(taps))  # lest each of its readers computes it for itself
 
 
-def _depthwise_to_kernel(x, kernel_shape, cotangent, strides, padding):
+def _depthwise_to_x(shape, kernel, cotangent, strides, padding):
+    """The gradient to the image: the cotangent, spread by the strides, convolved with the turned kernel."""
+    around = []
+    for size, taps, (low, _), pulled, stride in zip(
+        shape[1:3], kernel.shape, padding, cotangent.shape[1:3], strides, strict=False
+    ):
+        before, spread = taps - 1 - low, stride * (pulled - 1) + 1
+        around.append((before, size + taps - 1 - before - spread))
+    return _sum_of_taps(_padded(cotangent, around, strides), kernel[::-1, ::-1], (1, 1))
+
+
+def _depthwise_to_kernel(padded, kernel_shape, cotangent, strides):
     """The gradient to a depthwise kernel: for every tap, products of pixels and cotangents, summed.
 
     Rows of the output come one after the other, each with all taps, so that what it takes lies in the cache; sums over
@@ -307,7 +326,6 @@ def _depthwise_to_kernel(x, kernel_shape, cotangent, strides, padding):
     """
     rows, columns, _, channels = kernel_shape
     samples, height, width, _ = cotangent.shape
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     span = strides[1] * (width - 1) + 1
 
     def add_row(index, sums):
@@ -317,6 +335,6 @@ def _depthwise_to_kernel(x, kernel_shape, cotangent, strides, padding):
         pulled = lax.dynamic_slice(cotangent, (sample, row, 0, 0), (1, 1, width, channels))[0]
         return [before + met[:, j : j + span : strides[1]] * pulled for j, before in enumerate(sums)]
 
-    nothing = jnp.zeros((rows, width, channels), x.dtype)
+    nothing = jnp.zeros((rows, width, channels), padded.dtype)
     sums = lax.fori_loop(0, samples * height, add_row, [nothing] * columns)
     return jnp.stack([jnp.sum(of_column, 1) for of_column in sums], axis=1)[:, :, None]
