@@ -46,7 +46,7 @@ def folded(params, ranges, spec):
 
 def accuracies(bits, epochs, split, seed):
     """Top-1 by way."""
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     config.seed, config.warmup_epochs, config.epochs = seed, epochs, epochs
     base, devices = make_trainer(config), jax.devices()
     teacher = load_teacher(config, Path())

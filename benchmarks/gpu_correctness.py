@@ -258,7 +258,7 @@ def _agreement(context, table):
 
 def _teacher(name, model, images):
     """The teacher that comes with the package, or else random weights."""
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     if name == config.network:
         with tempfile.TemporaryDirectory() as workdir:
             return load_teacher(config, Path(workdir))

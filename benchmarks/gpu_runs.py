@@ -35,12 +35,12 @@ class Run(NamedTuple):
 END_TO_END = [
     Run(config, {"seed": str(seed)})
     for seeds in ((0,), (1, 2))
-    for config in ("cifar10_w3a3_best", "cifar10_w3a3", "cifar100_w3a3")
+    for config in ("cifar10_w3a3", "paper/cifar10_w3a3", "cifar100_w3a3")
     for seed in seeds
 ]
 RANDOM = "random"  # as teacher: weights that are as fast as a teacher's, which cannot be fetched here
 IMAGENET = Run(
-    "imagenet_resnet18_w3a3", {"eval": "none", "on_nonfinite": "skip", "warmup_epochs": "1", "teacher": RANDOM}
+    "paper/imagenet_resnet18_w3a3", {"eval": "none", "on_nonfinite": "skip", "warmup_epochs": "1", "teacher": RANDOM}
 )
 _REHEARSED = {"epochs": "2", "steps_per_epoch": "2", "warmup_epochs": "1", "batch_size": "2", "log_every_steps": "1"}
 
@@ -68,7 +68,7 @@ def run(context: Context) -> None:
 def imagenet(context: Context) -> None:
     """Part f: writes ``imagenet.csv``; rehearsed with a smaller network, for this one takes minutes on a CPU."""
     table = context.table("imagenet", *COLUMNS)
-    rehearsed = Run("cifar10_w3a3", {**IMAGENET.settings, **_REHEARSED})
+    rehearsed = Run("paper/cifar10_w3a3", {**IMAGENET.settings, **_REHEARSED})
     _row(rehearsed if context.rehearsal else IMAGENET, context, table)
 
 

@@ -19,11 +19,11 @@ import time
 from turns import FORMATS, OURS, beside_pytorch, measure_in_turns
 
 CONFIGS = {
-    "resnet20_cifar10": "cifar10_w3a3",
-    "resnet20_cifar100": "cifar100_w3a3",
-    "resnet18": "imagenet_resnet18_w3a3",
-    "resnet50": "imagenet_resnet50_w3a3",
-    "mobilenetv2_w1": "imagenet_mobilenetv2_w3a3",
+    "resnet20_cifar10": "paper/cifar10_w3a3",
+    "resnet20_cifar100": "paper/cifar100_w3a3",
+    "resnet18": "paper/imagenet_resnet18_w3a3",
+    "resnet50": "paper/imagenet_resnet50_w3a3",
+    "mobilenetv2_w1": "paper/imagenet_mobilenetv2_w3a3",
 }
 
 

@@ -26,7 +26,7 @@ def take(way, steps, cache):
     from granq_jax.compilation_cache import use_compilation_cache
     from granq_jax.devices import halve_cpu
 
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     config.eval, config.steps_per_epoch, config.warmup_epochs = "none", steps * 2 // 5, 1
     config.epochs, config.eval_every_epochs, config.checkpoint_every_epochs = 4, 1, 1
     first = config.steps_per_epoch + 2 * config.log_every_steps  # after the first epoch's look and checkpoint

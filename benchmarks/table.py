@@ -51,9 +51,15 @@ class Cell(NamedTuple):
         """Of its row and directory."""
         said = {**self.settings}
         epochs, seed = said.pop("epochs"), said.pop("seed", 0)
-        said.pop("warmup_epochs", None)
-        said.pop("teacher", None)
-        parts = [self.config, self.method, *(str(value) for value in said.values()), f"{epochs}_epochs", f"seed{seed}"]
+        for setting in ("warmup_epochs", "teacher", "on_breakdown"):
+            said.pop(setting, None)
+        parts = [
+            Path(self.config).name,
+            self.method,
+            *(str(value) for value in said.values()),
+            f"{epochs}_epochs",
+            f"seed{seed}",
+        ]
         return "-".join(parts)
 
     def command(self) -> list[str]:
@@ -67,22 +73,22 @@ class Cell(NamedTuple):
 def grid() -> list[Cell]:
     """All cells, in the order in which they are run."""
     cells = [
-        Cell("cifar10_w3a3", method, {"epochs": 60, "seed": seed})
+        Cell("paper/cifar10_w3a3", method, {"epochs": 60, "seed": seed})
         for seed, methods in ((0, ("granq", "adadfq", "gdfq", "akt")), (1, ("granq", "adadfq")))
         for method in methods
     ]
-    cells += [Cell("cifar10_w3a3_best", "granq", {"epochs": 60, "seed": seed}) for seed in (0, 1)]
-    cells.append(Cell("cifar10_w3a3", "calibration", {"epochs": 60, "warmup_epochs": 60}))
-    cells.append(Cell("cifar10_w3a3", "granq", {"quant.weight_granularity": "kernel", "epochs": 60}))
+    cells.append(Cell("paper/cifar10_w3a3", "calibration", {"epochs": 60, "warmup_epochs": 60}))
+    cells.append(Cell("paper/cifar10_w3a3", "granq", {"quant.weight_granularity": "kernel", "epochs": 60}))
     for bits in (4, 5):
-        cells += [Cell(f"cifar10_w{bits}a{bits}", method, {"epochs": 30}) for method in ("granq", "adadfq")]
-        cells.append(Cell(f"cifar10_w{bits}a{bits}", "calibration", {"epochs": 30, "warmup_epochs": 30}))
+        cells += [Cell(f"paper/cifar10_w{bits}a{bits}", method, {"epochs": 30}) for method in ("granq", "adadfq")]
+        cells.append(Cell(f"paper/cifar10_w{bits}a{bits}", "calibration", {"epochs": 30, "warmup_epochs": 30}))
     cells += [
-        Cell("cifar100_w3a3", method, {"teacher": "TEACHER100", "epochs": 20, "steps_per_epoch": 100})
+        Cell("paper/cifar100_w3a3", method, {"teacher": "TEACHER100", "epochs": 20, "steps_per_epoch": 100})
         for method in ("granq", "adadfq")
     ]
-    cells.append(Cell("cifar10_w3a3", "granq", {"epochs": 200}))
-    return cells
+    cells.append(Cell("paper/cifar10_w3a3", "granq", {"epochs": 200}))
+    # What becomes of a student that breaks down is what the rows are there to show.
+    return [cell._replace(settings=cell.settings | {"on_breakdown": "go_on"}) for cell in cells]
 
 
 def rows() -> dict[str, dict[str, str]]:

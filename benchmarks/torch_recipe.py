@@ -2,7 +2,7 @@
 
     python benchmarks/torch_recipe.py --data-dir DIR [--epochs 60] [--seed 0] [--memory-format channels_first]
 
-The settings of ``configs/cifar10_w3a3.py``, with the teacher that comes with the package and the arithmetic of
+The settings of ``configs/paper/cifar10_w3a3.py``, with the teacher that comes with the package and the arithmetic of
 ``torch_baseline.py``: 200 steps an epoch at batch 16, four epochs of warm-up, no decay of the rates before epoch 100.
 Prints the student's top-1 on all test images, before and after every tenth epoch. Needs PyTorch: ``pip install -e
 ".[parity]"``.
@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--memory-format", choices=MEMORY_FORMATS, default="channels_first")
     options = parser.parse_args()
 
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     if options.epochs > (first_decay := config.decay_epochs[0]):
         parser.error(f"--epochs: got {options.epochs}, allowed are {first_decay} at most: rates would fall after that")
     with tempfile.TemporaryDirectory() as workdir:

@@ -1,1 +1,1 @@
-"""One file for each row of the results table; ``get_config()`` gives its settings."""
+"""The recommended recipe, one file for each network and number of bits; ``get_config()`` gives the settings."""

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from granq_jax.data import DATASETS
+from granq_jax.data import DATASETS, described
 from granq_jax.devices import sample_index
 from granq_jax.models import Generator, create_model
 from granq_jax.quant import QuantSpec
+from granq_jax.splits import Dataset
 from granq_jax.trainer import LossSettings, OptimizerSettings, Trainer
 
 
@@ -24,6 +25,11 @@ def check_devices(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
             f"config.quant.impl: got 'pallas' on {devices[0].platform}, where only 'auto', 'xla' and "
             "'pallas_interpret' are allowed"
         )
+
+
+def make_dataset(config: ConfigDict) -> Dataset:
+    """What a config says of its images: the data set's, or with the mean and deviation of its teacher's training."""
+    return described(config.dataset, config.mean, config.std)
 
 
 def make_trainer(config: ConfigDict) -> Trainer:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import safetensors.flax
 
+from granq_jax.paths import expanded
 from granq_jax.processes import from_first, is_first
 from granq_jax.record import write_bytes
 from granq_jax.stopping import RunError
@@ -56,7 +57,7 @@ class Checkpoints:
         self.kept_steps: frozenset[int] = frozenset()
         self._keep = keep
         self._read_only = read_only
-        self._directory = (workdir / "checkpoints").absolute()
+        self._directory = (expanded(workdir, "workdir") / "checkpoints").absolute()
         self._manager: Any = None
         if not is_first():
             return
@@ -284,10 +285,10 @@ def _one_line(error: Exception) -> str:
     return reason[0] if reason else text[:300]
 
 
-def save_variables(path: Path, variables: Any) -> None:
+def save_variables(path: str | Path, variables: Any) -> None:
     """Writes Flax variables to a ``.safetensors`` file, under ``/``-joined names, whole or not at all.
 
     Of several processes, the first does so.
     """
     tensors = {joined(keys): leaf for keys, leaf in flax.traverse_util.flatten_dict(variables).items()}
-    write_bytes(path, safetensors.flax.save(tensors))
+    write_bytes(expanded(path, "path"), safetensors.flax.save(tensors))

@@ -58,6 +58,12 @@ def betas() -> Check:
     return lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(holds, v)), f"pairs of {allowed}"
 
 
+def for_channels(check: Check) -> Check:
+    """Tuples of values that ``check`` allows, one for each channel of images, or none."""
+    holds, allowed = check
+    return lambda v: isinstance(v, tuple) and all(map(holds, v)), f"tuples of {allowed}"
+
+
 def increasing_epochs() -> Check:
     """Epochs at which something happens."""
 

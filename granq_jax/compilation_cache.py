@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import platformdirs
 
+from granq_jax.paths import expanded
+
 OFF = "off"
 # Options of programs that run a few times only, which so compile twice as fast and run a little slower.
 COMPILED_FAST = {"xla_backend_optimization_level": 0}
@@ -36,10 +38,12 @@ def use_compilation_cache(directory: str = "") -> None:
     jax.config.update("jax_enable_compilation_cache", directory != OFF)
     if directory == OFF:
         return
-    if not directory and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    if not directory and (told := jax.config.jax_compilation_cache_dir):  # type: ignore[attr-defined]
+        if told.startswith("~"):
+            jax.config.update("jax_compilation_cache_dir", str(expanded(told, "JAX_COMPILATION_CACHE_DIR")))
         return
     users = platformdirs.user_cache_path("granq-jax") / "compiled" / _kind_of_cpu()
-    path = Path(directory).absolute() if directory else users
+    path = expanded(directory, "--compilation-cache").absolute() if directory else users
     if not _is_writable(path):
         if directory:
             raise ValueError(

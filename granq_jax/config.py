@@ -17,6 +17,7 @@ from granq_jax.checks import Check
 from granq_jax.checks import betas as _betas
 from granq_jax.checks import choice as _choice
 from granq_jax.checks import decay as _decay
+from granq_jax.checks import for_channels as _for_channels
 from granq_jax.checks import increasing_epochs as _increasing_epochs
 from granq_jax.checks import real as _real
 from granq_jax.checks import text as _text
@@ -24,6 +25,7 @@ from granq_jax.checks import truth as _truth
 from granq_jax.checks import whole as _whole
 from granq_jax.data import DATASETS
 from granq_jax.models.registry import NETWORKS
+from granq_jax.paths import expanded
 from granq_jax.platforms import PRECISIONS
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
@@ -42,6 +44,7 @@ from granq_jax.trainer import OBJECTIVES, ON_NONFINITE, STUDENT_OPTIMIZERS
 TRAIN_A_TEACHER = "train"
 SCHEDULES = ("steps", "cosine")
 ON_BREAKDOWN = ("stop", "go_on")
+PAPER = "paper"  # the folder of the released settings
 _CONFIGS = resources.files("granq_jax.configs")
 
 
@@ -58,7 +61,9 @@ def default_config() -> ConfigDict:
     config.seed = 0
     config.network = "resnet20_cifar10"
     config.dataset = "cifar10"
-    config.data_dir = ""  # where TFDS finds or prepares the data; "" is its own default
+    config.data_dir = ""  # where the data are; "" is TFDS's own default
+    config.mean = ()  # and
+    config.std = ()  # of pixels from 0 to 1, a number for each channel, as the teacher was trained with; () is usual
     config.teacher = "bundled"  # or a checkpoint's path, a public checkpoint's name, "train" to train one first
     config.batch_size = 16  # over all devices
     config.epochs = 200
@@ -148,7 +153,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
       >>> config.quant.weight_bits, config.network
       (4, 'resnet20_cifar10')
     """
-    path = Path(name)
+    path = expanded(name, "config")
     if str(name) in config_names():
         path = Path(str(_CONFIGS / f"{name}.py"))
     if path.suffix not in (".py", ".json") or not os.path.isfile(path):  # which, unlike Path's, takes any name
@@ -186,15 +191,27 @@ def _from_json(path: Path) -> ConfigDict:
     return config
 
 
+def run_name(source: str | os.PathLike) -> str:
+    """What runs of the config at a path, or of a name, are called.
+
+    Examples:
+      >>> run_name("configs/digits_w3a3.py"), run_name("configs/paper/cifar10_w3a3.py")
+      ('digits_w3a3', 'paper/cifar10_w3a3')
+    """
+    path = Path(source)
+    return f"{PAPER}/{path.stem}" if path.parent.name == PAPER else path.stem
+
+
 def _tuples(value: Any) -> Any:
     """``value`` with tuples for lists, which JSON makes of them."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def config_names() -> list[str]:
-    """The names of the configs that come with the package."""
-    files = (entry.name for entry in _CONFIGS.iterdir())
-    return sorted(file[:-3] for file in files if file.endswith(".py") and file[0] != "_")
+    """The names of the configs that come with the package; those of the released settings begin with ``paper/``."""
+    folders = (("", _CONFIGS), (f"{PAPER}/", _CONFIGS / PAPER))
+    files = (f"{folder}{entry.name}" for folder, entries in folders for entry in entries.iterdir())
+    return sorted(file[:-3] for file in files if file.endswith(".py") and Path(file).name[0] != "_")
 
 
 def _are_overrides(value: Any) -> bool:
@@ -212,6 +229,8 @@ CHECKS: dict[str, Check] = {
     "network": _choice(*NETWORKS),
     "dataset": _choice(*DATASETS),
     "data_dir": _text(),
+    "mean": _for_channels(_real(0, 1)),
+    "std": _for_channels(_real(0, low_open=True)),
     "teacher": _text(),
     "batch_size": _whole(2, _LARGEST),
     "epochs": _whole(1),
@@ -350,6 +369,12 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.dataset: got {config.dataset!r} with {what} {getattr(dataset, what)}, but config.network, "
                 f"{config.network!r}, allows {what} {getattr(network, what)} only"
+            )
+    for what in ("mean", "std"):
+        if len(config[what]) not in (0, dataset.channels):
+            raise ValueError(
+                f"config.{what}: got {config[what]}, allowed are {dataset.channels} numbers, one for each channel of "
+                f"{config.dataset}, and ()"
             )
     if training.small_epochs and training.small_size > dataset.image_size:
         raise ValueError(

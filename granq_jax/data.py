@@ -5,6 +5,7 @@ Zero-shot quantization itself needs none of this.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import os
@@ -16,6 +17,7 @@ import PIL.Image
 
 from granq_jax.checks import check_choice
 from granq_jax.cifar import load_cifar, looked_for
+from granq_jax.paths import expanded
 from granq_jax.splits import Dataset, EncodedSplit, MemorySplit, Split
 
 _IMAGENET = Dataset(1000, 224, 3, 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -35,7 +37,23 @@ _TFDS_SPLITS = {"imagenet2012": {"train": "train", "test": "validation"}}
 _IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
-def load_split(name: str, split: str, data_dir: str = "") -> Split:
+def described(name: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> Dataset:
+    """What is fixed of the data set ``name``, with another mean and deviation where they are not ``()``.
+
+    They are of pixels from 0 to 1, and those that the teacher's images were normalised with in its training. Generated
+    images are normalised ones: they meet the teacher as they are, and only to be seen are they turned into pixels.
+
+    Examples:
+      >>> described("cifar10", std=(0.2023, 0.1994, 0.2010)).mean == DATASETS["cifar10"].mean
+      True
+    """
+    dataset = DATASETS[name]
+    return dataclasses.replace(dataset, mean=tuple(mean) or dataset.mean, std=tuple(std) or dataset.std)
+
+
+def load_split(
+    name: str, split: str, data_dir: str = "", mean: tuple[float, ...] = (), std: tuple[float, ...] = ()
+) -> Split:
     """A split of a data set: small images in memory, photographs decoded when they are used.
 
     Args:
@@ -47,6 +65,8 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
         (``cifar-10-batches-py``, ``cifar-10-batches-bin`` and their like) or ``cifar10.npz``, or such a
         file, see :func:`granq_jax.cifar.load_cifar`; of an image folder, its path. Else it is where TFDS
         finds the data set, or prepares it; ``""`` is TFDS's own default.
+      mean: of pixels, see :func:`described`.
+      std: likewise.
 
     Raises:
       ValueError: if the data set cannot be had. The message says what to do.
@@ -58,8 +78,14 @@ def load_split(name: str, split: str, data_dir: str = "") -> Split:
     """
     check_choice("dataset", name, DATASETS)
     check_choice("split", split, ("train", "test"))
+    found = _load(name, split, data_dir)
+    return dataclasses.replace(found, dataset=described(name, mean, std)) if mean or std else found
+
+
+def _load(name: str, split: str, data_dir: str) -> Split:
     if name == "digits":
         return _load_digits(split)
+    data_dir = data_dir and str(expanded(data_dir, "config.data_dir"))
     try:
         if name == "image_folder":
             return _load_folder(split, data_dir)
@@ -171,13 +197,18 @@ def _parts(name: str) -> list[str | int]:
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
+def _archives(folder: Path) -> list[str]:
+    names = (path.name for path in _visible(folder)) if folder.is_dir() else ()
+    return [name for name in names if name.endswith((".tar", ".tgz", ".tar.gz", ".zip"))]
+
+
 def _recognised(folder: Path) -> str:
     """What a folder that is none of classes seems to be instead, and what to do; ``""`` if that is not known."""
     if not folder.is_dir():
         return ""
     held = _visible(folder)
     images = [path.name for path in held if path.suffix.lower() in _IMAGE_SUFFIXES]
-    archives = [path.name for path in held if path.name.endswith((".tar", ".tgz", ".tar.gz", ".zip"))]
+    archives = _archives(folder)
     kaggle = folder / "ILSVRC" / "Data" / "CLS-LOC"
     if images:
         flat = "ImageNet's validation images as their archive holds them" if images[0][:11] == "ILSVRC2012_" else "flat"
@@ -206,7 +237,12 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
         prepares = importlib.util.find_spec("tensorflow") is not None
         if data_dir and not prepares and not os.path.isdir(Path(data_dir) / name):
             # TFDS, which may not even be installed, would find nothing there.
-            raise ValueError(f"it holds no {name}/ and nothing else that is looked for")
+            packed = _archives(Path(data_dir))
+            raise ValueError(
+                f"it holds {packed[0]}, which has to be unpacked"
+                if packed
+                else f"it holds no {name}/ and nothing else that is looked for"
+            )
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")

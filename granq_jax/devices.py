@@ -31,6 +31,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_platforms() -> None:
+    """Has JAX look for its devices; for the whole process, after whatever says how many there are.
+
+    Raises:
+      ValueError: if it cannot use the platforms that it was told to.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # of several kinds, one of them without words
+        reason = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0] or "there is no such device"
+        raise ValueError(
+            f"JAX_PLATFORMS: got {jax.config.jax_platforms or ''!r}, which JAX cannot use: {reason}; allowed are "  # type: ignore[attr-defined]
+            "platforms whose devices and plug-in are there (for NVIDIA's GPUs: pip install 'jax[cuda12]'), and 'cpu'"
+        ) from error
+
+
 def halve_cpu(batch_sizes: Sequence[int]) -> None:
     """Has JAX take a CPU of several cores for two devices, each with half of a batch.
 

@@ -23,6 +23,7 @@ from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
 from granq_jax.data import load_split
 from granq_jax.devices import AXIS, cores, place, sample_index
 from granq_jax.models.registry import variants
+from granq_jax.paths import expanded
 from granq_jax.platforms import multiplied_in, traced_for
 from granq_jax.processes import check_alike, from_first, is_first, together
 from granq_jax.quant import effective_weight_bits, quantize
@@ -90,7 +91,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
       RunError: if an image cannot be read.
     """
     check_alike({"--mode": "evaluate", "--subject": subject, **dict(flat(config, "config."))})
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     devices = jax.devices()
     holds_run = from_first(lambda: os.path.isdir(workdir / "checkpoints"))
     subject = subject or ("student" if holds_run else "teacher")
@@ -106,7 +107,7 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
             if subject != "student":
                 check_teacher_of_run(config, workdir)
         check_devices(config, devices)
-        split = load_split(config.dataset, "test", config.data_dir)
+        split = load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
     trainer = make_trainer(config)
     evaluation = {**describe(config), "eval_examples": len(split)}
     if subject != "student":

@@ -58,28 +58,31 @@ class JointRun:
         self._index = place(sample_index(trainer.batch_size, devices), devices, split=True)
         teacher = nn.meta.unbox(flax.core.unfreeze(dict(teacher)))
         self._teacher = place(teacher, devices)
-        self._phases: dict[bool, jax.stages.Compiled] = {}
+        self._programs: dict[tuple[bool, int], jax.stages.Compiled] = {}
         self.state: TrainState = place(trainer.init(teacher) if state is None else state, devices)
         self.step = int(self.state.step)
         self.compile_seconds = 0.0
         self._unchecked: list[jax.Array] = []
 
-    def compiled(self, warmup: bool) -> jax.stages.Compiled:
-        """The step of a phase, which is compiled when it is first asked for."""
-        if warmup not in self._phases:
+    def compiled(self, warmup: bool, steps: int = 1) -> jax.stages.Compiled:
+        """So many steps of a phase in one program, which is compiled when it is first asked for."""
+        if (warmup, steps) not in self._programs:
             start = time.perf_counter()
-            mapped = mapped_step(self.trainer, warmup, self.devices)
+            mapped = mapped_step(self.trainer, warmup, self.devices, steps)
             with without_collecting():
                 lowered = mapped.lower(self.state, self._teacher, self._index)
-            self._phases[warmup] = compile_to_repeat(lowered, self.devices[0].platform)
+            self._programs[warmup, steps] = compile_to_repeat(lowered, self.devices[0].platform)
             self.compile_seconds += time.perf_counter() - start
-        return self._phases[warmup]
+        return self._programs[warmup, steps]
 
-    def advance(self, warmup: bool) -> dict[str, jax.Array]:
-        """Takes a step and returns its metrics, which stay on the device until they are read."""
-        self.state, metrics = self.compiled(warmup)(self.state, self._teacher, self._index)
+    def advance(self, warmup: bool, steps: int = 1) -> dict[str, jax.Array]:
+        """Takes one step, or several in one program, and returns the metrics of the last.
+
+        They stay on the device until they are read. On CPUs several in one are far slower than one by one.
+        """
+        self.state, metrics = self.compiled(warmup, steps)(self.state, self._teacher, self._index)
         settle(metrics, self.devices)
-        self.step += 1
+        self.step += steps
         self._unchecked.append(metrics.pop("nonfinite"))
         return metrics
 
@@ -92,7 +95,7 @@ class JointRun:
         Raises:
           NonFiniteError: if there is any and it is ``"stop"``; it names the first one.
         """
-        found = jax.device_get(self._unchecked)
+        found = [code for codes in jax.device_get(self._unchecked) for code in np.atleast_1d(codes)]
         first = self.step - len(found) + 1
         self._unchecked = []
         steps = [NonFinite(first + i, _WORDS[CHECKED[code - 1]]) for i, code in enumerate(found) if code]

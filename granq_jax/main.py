@@ -24,11 +24,12 @@ from ml_collections import ConfigDict, config_flags
 
 from granq_jax import processes
 from granq_jax.compilation_cache import use_compilation_cache
-from granq_jax.config import check_config, check_setting_exists, load_config
-from granq_jax.devices import halve_cpu
+from granq_jax.config import check_config, check_setting_exists, load_config, run_name
+from granq_jax.devices import check_platforms, halve_cpu
 from granq_jax.evaluate import SUBJECTS, evaluate_run
 from granq_jax.export import export_run
 from granq_jax.methods import METHODS, set_method
+from granq_jax.paths import expanded
 from granq_jax.profiling import profile
 from granq_jax.stopping import Interrupted, RunError, interruptible
 from granq_jax.train import train_and_evaluate
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a config's path or name; a run is evaluated and exported with its own")
-    parser.add_argument("--workdir", type=Path, help="where files go; by default runs/CONFIG_NAME[_teacher|_profile]")
+    parser.add_argument("--workdir", help="where files go; by default runs/CONFIG_NAME[_teacher|_profile]")
     parser.add_argument("--mode", choices=MODES, default="train")
     parser.add_argument("--method", choices=METHODS, help="whose settings to take; by default the config's: GranQ's")
     parser.add_argument(
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--config: not given, allowed are a config's path or name (or the --workdir of a run)")
         use_compilation_cache(options.compilation_cache)
         suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
-        workdir = options.workdir or Path("runs") / f"{Path(options.config).stem}{suffix}"
+        workdir = expanded(options.workdir or Path("runs") / f"{run_name(options.config)}{suffix}", "--workdir")
         saved = workdir / "config.json"
         # A run is evaluated and exported with the settings it was trained with.
         source = saved if options.mode in _OF_A_RUN and os.path.isfile(saved) else options.config
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             check_config(config)
             halve_cpu([config.batch_size, config.eval_batch_size, config.teacher_training.batch_size])
+        check_platforms()
         with interruptible():
             result = MODES[options.mode](config, workdir, **arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -16,10 +16,10 @@ def expanded(path: str | os.PathLike, field: str) -> Path:
       >>> expanded("runs/a", "workdir"), expanded("~/runs", "workdir") == Path.home() / "runs"
       (PosixPath('runs/a'), True)
     """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
+    # Not Path's own, for which ./~ begins with a tilde.
+    text = os.path.expanduser(path)
+    if text.startswith("~"):
         raise ValueError(
-            f"{field}: got {str(path)!r}, but whose home that is is not known; a path that begins so is allowed as "
-            f"{os.path.join('.', path)!r}"
-        ) from None
+            f"{field}: got {str(path)!r}, but whose home that is is not known; a name may begin so as './~...'"
+        )
+    return Path(text)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from granq_jax.build import check_devices, make_trainer
 from granq_jax.config import check_config
 from granq_jax.joint_run import JointRun
+from granq_jax.paths import expanded
 from granq_jax.processes import is_first, together
 from granq_jax.record import check_writable, describe, versions, write_json
 from granq_jax.teachers import check_teacher, load_teacher
@@ -63,7 +64,7 @@ def profile(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         ``workdir`` that cannot be written to, or that another process uses.
     """
     check_config(config)
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     devices = jax.devices()
     check_devices(config, devices)
     check_teacher(config)

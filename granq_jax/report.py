@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from granq_jax.compilation_cache import use_compilation_cache
+from granq_jax.devices import check_platforms
+from granq_jax.paths import expanded
 from granq_jax.record import write_text
 from granq_jax.reporting import REPORT, comparison_page, read_run, run_page
 from granq_jax.stopping import RunError
@@ -23,18 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Makes a run's report from its files, or a page that sets several runs side by side.",
         allow_abbrev=False,
     )
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run")
-    parser.add_argument(
-        "--output", type=Path, help=f"the page's path; by default WORKDIR/{REPORT}, of several runs {COMPARISON}"
-    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
+    parser.add_argument("--output", help=f"the page's path; by default WORKDIR/{REPORT}, of several runs {COMPARISON}")
     options = parser.parse_args(argv)  # exits with 2 if they are wrong
     logging.basicConfig(format="%(message)s")
-    workdirs = options.workdirs
-    output = options.output or (workdirs[0] / REPORT if len(workdirs) == 1 else Path(COMPARISON))
     try:
+        workdirs = [expanded(workdir, "WORKDIR") for workdir in options.workdirs]
+        default = workdirs[0] / REPORT if len(workdirs) == 1 else Path(COMPARISON)
+        output = expanded(options.output or default, "--output")
         if output.is_dir() or not (output.parent.is_dir() or options.output is None):
             raise ValueError(f"--output: got {str(output)!r}, allowed are paths of files in directories that exist")
         use_compilation_cache()
+        check_platforms()
         runs = [read_run(workdir) for workdir in workdirs]
         write_text(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
     except (ValueError, TypeError, ImportError, OSError, RunError) as error:

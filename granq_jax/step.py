@@ -282,16 +282,25 @@ def step(
     return update(trainer, warmup, state, teacher, z, labels, axis_name)
 
 
-def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device]) -> Any:
+def mapped_step(trainer: Trainer, warmup: bool, devices: Sequence[jax.Device], steps: int = 1) -> Any:
     """:func:`step` over ``devices``: a function of (state, teacher, index) with ``state`` donated.
 
     ``state`` and ``teacher`` are whole on every device, ``index`` (devices, n) is split by its first
     axis; see :func:`granq_jax.devices.place`.
+
+    With more than one of ``steps`` it takes so many in a row; the metrics are those of the last one, and
+    ``nonfinite`` is that of each, (steps,).
     """
 
     def on_them(state, teacher, index):
         with traced_for(devices), multiplied_in(trainer.precision):
-            return step(trainer, warmup, state, teacher, index, axis_name=AXIS)
+            if steps == 1:
+                return step(trainer, warmup, state, teacher, index, axis_name=AXIS)
+            state, metrics = jax.lax.scan(
+                lambda state, _: step(trainer, warmup, state, teacher, index, axis_name=AXIS), state, length=steps
+            )
+            nonfinite = metrics.pop("nonfinite")
+            return state, {**{name: values[-1] for name, values in metrics.items()}, "nonfinite": nonfinite}
 
     return jax.pmap(
         on_them,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -16,13 +18,15 @@ from ml_collections import ConfigDict
 from granq_jax import zoo
 from granq_jax.checkpoint import Checkpoints, save_variables
 from granq_jax.config import TRAIN_A_TEACHER
-from granq_jax.data import load_split
+from granq_jax.data import described, load_split
 from granq_jax.models.registry import create_model
+from granq_jax.paths import expanded
 from granq_jax.pretrain import PretrainSettings, PretrainState, check_batches, pretrain
 from granq_jax.processes import from_first, is_first, together
 from granq_jax.record import write_json
-from granq_jax.splits import Split
-from granq_jax.torch_import import load_torch
+from granq_jax.splits import Dataset, Split
+from granq_jax.torch_import import load_named, load_torch
+from granq_jax.torch_names import OWN_NAMES
 from granq_jax.trainer import Variables
 
 BUNDLED = "bundled"
@@ -30,6 +34,8 @@ TRAINED_TEACHER, TEACHER_RESULT = "teacher.safetensors", "teacher.json"  # the l
 _BUNDLE = Path(__file__).parent / "bundled"
 TEACHER_TRAINING = "teacher_training"
 _SETTINGS = "settings.json"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def check_teacher(config: ConfigDict) -> None:
@@ -42,7 +48,7 @@ def check_teacher(config: ConfigDict) -> None:
     """
     teacher, network = config.teacher, config.network
     allowed = [
-        f"the path of a .npz, .safetensors, .pth or .pt checkpoint of {network}",
+        f"the path of a checkpoint of {network} (.npz, .safetensors or PyTorch's)",
         f"{TRAIN_A_TEACHER!r} to train one first",
         *(f"{BUNDLED!r}, which comes with the package" for name in _bundled_networks() if name == network),
         *(f"{name!r}, a public checkpoint" for name in zoo.CHECKPOINTS if name == network),
@@ -52,7 +58,8 @@ def check_teacher(config: ConfigDict) -> None:
     other_network = teacher in zoo.CHECKPOINTS and teacher != network
     if other_network or (teacher == BUNDLED and network not in _bundled_networks()):
         raise ValueError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
-    if teacher not in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS) and not os.path.isfile(teacher):
+    known = teacher in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS)
+    if not known and not os.path.isfile(expanded(teacher, "config.teacher")):
         raise FileNotFoundError(
             f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )
@@ -88,7 +95,18 @@ def _read_teacher(config: ConfigDict, workdir: Path) -> Variables | None:
         return load_torch(config.network, _BUNDLE / f"{config.network}.safetensors")
     if config.teacher in zoo.CHECKPOINTS:
         return load_torch(config.network, zoo.fetch(config.teacher))
-    return load_torch(config.network, config.teacher)
+    variables, zoo_of_names = load_named(config.network, config.teacher)
+    pixels = described(config.dataset, config.mean, config.std)
+    if zoo_of_names == OWN_NAMES:
+        _check_same_pixels(pixels, expanded(config.teacher, "config.teacher").parent / TEACHER_RESULT)
+    else:
+        _LOGGER.info(
+            "teacher: the file does not say how its images were normalised; taken are mean %s and std %s: set "
+            "config.mean and config.std if it was trained with others",
+            pixels.mean,
+            pixels.std,
+        )
+    return variables
 
 
 def check_loads(config: ConfigDict, workdir: Path, anew: bool) -> None:
@@ -158,7 +176,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
 
 
 def _training_split(config: ConfigDict) -> Split:
-    split = load_split(config.dataset, "train", config.data_dir)
+    split = load_split(config.dataset, "train", config.data_dir, config.mean, config.std)
     check_batches(_pretrain_settings(config), split, jax.devices(), "config.teacher_training")
     return split
 
@@ -169,7 +187,10 @@ def _pretrain_settings(config: ConfigDict) -> PretrainSettings:
 
 def _described(config: ConfigDict) -> dict[str, Any]:
     """What a teacher in training is known by."""
-    return {"network": config.network, "dataset": config.dataset, **dataclasses.asdict(_pretrain_settings(config))}
+    # As they are in JSON, and only where they are not the usual ones.
+    pixels = {what: list(config[what]) for what in ("mean", "std") if config[what]}
+    settings = dataclasses.asdict(_pretrain_settings(config))
+    return {"network": config.network, "dataset": config.dataset, **pixels, **settings}
 
 
 def _check_same_settings(config: ConfigDict, workdir: Path) -> None:
@@ -186,6 +207,20 @@ def _check_same_settings(config: ConfigDict, workdir: Path) -> None:
             raise ValueError(
                 f"workdir: {str(workdir)!r} holds a teacher trained with {key} {begun.get(key)!r} instead "
                 f"of {settings.get(key)!r}; give the same settings to go on, or another workdir"
+            )
+
+
+def _check_same_pixels(pixels: Dataset, result: Path) -> None:
+    """Raises a ``ValueError`` if ``result``, of the training of a teacher, tells of images normalised otherwise."""
+    trained: Any = None
+    with contextlib.suppress(OSError, ValueError):  # there is none, or a damaged one
+        trained = json.loads(result.read_text())
+    for what in ("mean", "std"):
+        given = list(getattr(pixels, what))
+        before = trained.get(what, given) if isinstance(trained, dict) else given
+        if before != given:
+            raise ValueError(
+                f"config.{what}: got {given}, but {str(result)!r} says the teacher was trained with {before}"
             )
 
 

@@ -290,12 +290,14 @@ _STORAGES = {
     "Byte": np.uint8,
     "Bool": np.bool_,
 }
-# What a pickle may have called. An OrderedDict is empty when it is made, its items are set after that.
+# What a pickle may have called. Dictionaries are empty when they are made, their items are set after that.
 _FUNCTIONS: dict[str, Any] = {
     **NUMPY,
     "collections OrderedDict": lambda: {},
+    "collections defaultdict": lambda *_: {},
     "torch._utils _rebuild_tensor": _rebuild_tensor,
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils _rebuild_parameter_with_state": lambda tensor, *_: tensor,
     **{f"torch {name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()},
 }

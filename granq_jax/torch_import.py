@@ -90,12 +90,12 @@ def load_named(name: str, source: str | os.PathLike | Mapping[str, Any]) -> tupl
             for key in naming.names.values()
             if isinstance(source.get(key), list)
         }
-        found = _found(name, {**source, **lists}, "")
+        found = _found(name, {**source, **lists})
         arrays = found.read()
     else:
         place = expanded(source, "teacher")
         with _opened(place) as content:
-            found = _found(name, content, f"{str(place)!r} ")
+            found = _found(name, content, place)
             with _file_is_to_blame(place):
                 arrays = found.read()
     variables = {}
@@ -115,7 +115,7 @@ class _Found:
       naming: whose names they have.
       place: the keys of the dictionaries that they were found in.
       prefix: what all of their names begin with.
-      tensors: those of the naming's names that are there.
+      tensors: those of the naming's names that are there, or what is there instead.
       surplus: the names of other tensors beside them.
     """
 
@@ -133,7 +133,7 @@ class _Found:
 
     @property
     def missing(self) -> list[str]:
-        """Names that are not there, or not those of tensors."""
+        """Names that are not there."""
         return sorted(set(self.naming.names.values()) - self.tensors.keys())
 
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -145,7 +145,9 @@ class _Found:
         """What is wrong with the shapes and dtypes of the tensors that are there."""
         wrong, expected = [], self.expected()
         for key, value in self.tensors.items():
-            if not _same_shape(_shape(key, value), expected[key]):
+            if not _is_array(value):
+                wrong.append(f"{key} is {_named(value)}, allowed are tensors")
+            elif not _same_shape(_shape(key, value), expected[key]):
                 wrong.append(f"{key} has shape {list(_shape(key, value))} instead of {list(expected[key])}")
             elif (dtype := _dtype(key, value)) not in _DTYPES:
                 wrong.append(f"{key} has dtype {dtype}, allowed are {', '.join(_DTYPES)}")
@@ -161,8 +163,9 @@ class _Found:
         return {key: _read(key, self.tensors[key]).reshape(shape) for key, shape in self.expected().items()}
 
 
-def _found(name: str, content: Any, file: str) -> _Found:
+def _found(name: str, content: Any, path: Path | None = None) -> _Found:
     """The one set of tensors in ``content`` that fits; raises a ``ValueError`` that says why there is none."""
+    file = "" if path is None else f"{str(path)!r} "
     dictionaries = dict(_dictionaries(content))
     candidates = [
         found for place, tensors in dictionaries.items() for found in _candidates(namings(name), place, tensors)
@@ -180,7 +183,9 @@ def _found(name: str, content: Any, file: str) -> _Found:
         raise ValueError(_reason(name, best, dictionaries, file))
     first, *others = whole
     for other in others:
-        if not _equal(first, other):
+        with contextlib.nullcontext() if path is None else _file_is_to_blame(path):
+            are_equal = _equal(first, other)
+        if not are_equal:
             places = " and ".join(found.whereabouts[2:] or "on their own" for found in (first, other))
             raise ValueError(
                 f"teacher: {file}holds two sets of tensors that fit {name} and differ, {places}; save the one you want "
@@ -224,7 +229,7 @@ def _candidates(known: Sequence[Naming], place: tuple[str, ...], given: Mapping[
             if prefix not in best or count > best[prefix][0]:
                 best[prefix] = (count, naming, {name: keys[prefix + name] for name in names})
     for prefix, (_, naming, keys) in best.items():
-        tensors = {name: given[key] for name, key in keys.items() if _is_array(given[key])}
+        tensors = {name: given[key] for name, key in keys.items()}
         used = set(keys.values())
         surplus = sorted(key for key, value in given.items() if key not in used and not _counts(key, value))
         yield _Found(naming, place, prefix, tensors, surplus)
@@ -300,10 +305,10 @@ def _listed(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def _equal(first: _Found, other: _Found) -> bool:
-    arrays = first.read(), other.read()
     if first.naming is not other.naming:
         return False
-    return all(np.array_equal(value, arrays[1][key], equal_nan=True) for key, value in arrays[0].items())
+    arrays = other.read()
+    return all(np.array_equal(value, arrays[key], equal_nan=True) for key, value in first.read().items())
 
 
 def _torch_layout(shape: tuple[int, ...]) -> tuple[int, ...]:

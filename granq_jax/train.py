@@ -17,13 +17,14 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from granq_jax import guard
-from granq_jax.build import check_devices, make_trainer
+from granq_jax.build import check_devices, make_dataset, make_trainer
 from granq_jax.checkpoint import Checkpoints, digest
 from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
-from granq_jax.data import DATASETS, load_split
+from granq_jax.data import load_split
 from granq_jax.evaluate import Evaluation, float_accuracy, percentages, student_accuracy
 from granq_jax.joint_run import JointRun, NonFiniteError
 from granq_jax.metrics import MetricsLog
+from granq_jax.paths import expanded
 from granq_jax.processes import check_alike, from_first, interruptible_together, is_first, together
 from granq_jax.quant import effective_weight_bits
 from granq_jax.record import describe, peak_rss_mb, record_start, versions, write_bytes, write_json, write_text
@@ -85,7 +86,7 @@ def train_and_evaluate(
       print(result["teacher_top1"], result["student_top1"])
     """
     check_alike({"--mode": "train", "--overwrite": overwrite, **dict(flat(config, "config."))})
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     devices = jax.devices()
     with together():
         check_config(config)
@@ -93,7 +94,11 @@ def train_and_evaluate(
             check_workdir(config, workdir, overwrite)
             check_teacher(config)
         check_devices(config, devices)
-        split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+        split = (
+            load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
+            if config.eval == "test"
+            else None
+        )
         if is_first() and config.teacher == TRAIN_A_TEACHER and (overwrite or not finished_result(config, workdir)):
             check_loads(config, workdir, anew=overwrite and teacher_is_of_run(workdir))
 
@@ -353,7 +358,7 @@ class _Loop:
                 )
 
     def _log_inspection(self, inspection: Inspection) -> None:
-        self._log.images(self._run.step, image_grid(DATASETS[self._config.dataset].pixels(inspection.images)))
+        self._log.images(self._run.step, image_grid(make_dataset(self._config).pixels(inspection.images)))
         for observation in inspection.observations:
             if observation.code_counts is not None:
                 name = f"{observation.site.kind}/{observation.site.path}"

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from granq_jax.build import check_devices
+from granq_jax.build import check_devices, make_dataset
 from granq_jax.config import check_config, flat
 from granq_jax.data import load_split
 from granq_jax.evaluate import float_accuracy, percentages
 from granq_jax.models.registry import create_model
+from granq_jax.paths import expanded
 from granq_jax.processes import check_alike, is_first, together
 from granq_jax.record import check_writable, peak_rss_mb, versions, write_json
 from granq_jax.splits import Split
@@ -40,7 +41,7 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       RunError: if the training diverges, or a checkpoint cannot be written or read, or an image not read.
     """
     check_alike({"--mode": "train_teacher", **dict(flat(config, "config."))})
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     devices = jax.devices()
     with together():
         check_config(config)
@@ -53,7 +54,11 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
                 )
             check_writable(workdir)
         check_devices(config, devices)
-        split = load_split(config.dataset, "test", config.data_dir) if config.eval == "test" else None
+        split = (
+            load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
+            if config.eval == "test"
+            else None
+        )
     with locked(workdir):
         return _trained_and_evaluated(config, workdir, split, devices)
 
@@ -69,6 +74,8 @@ def _trained_and_evaluated(
         "dataset": config.dataset,
         "network": config.network,
         "teacher_training": config.teacher_training.to_dict(),
+        "mean": list(make_dataset(config).mean),
+        "std": list(make_dataset(config).std),
         "seed": config.seed,
         "eval_examples": 0 if split is None else len(split),
         **percentages("teacher", accuracy),

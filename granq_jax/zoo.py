@@ -15,6 +15,7 @@ import filelock
 import platformdirs
 
 from granq_jax.archives import open_zip
+from granq_jax.paths import expanded
 
 RELEASES = "https://github.com/osmr/imgclsmob/releases/download"
 
@@ -95,7 +96,8 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
     if not isinstance(name, str) or name not in CHECKPOINTS:
         raise ValueError(f"config.teacher: got {name!r}, allowed are {', '.join(CHECKPOINTS)}")
     checkpoint = CHECKPOINTS[name]
-    cache = platformdirs.user_cache_path("granq-jax") / "checkpoints" if cache_dir is None else Path(cache_dir)
+    users = platformdirs.user_cache_path("granq-jax") / "checkpoints"
+    cache = expanded(users if cache_dir is None else cache_dir, "cache_dir")
     path = cache / checkpoint.file
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)

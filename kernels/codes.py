@@ -11,9 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from granq_jax.kernels import MIN_RANGE
-from granq_jax.kernels.backend import BlockSpec, launch
 from granq_jax.kernels.sweeps import Block
 from granq_jax.kernels.tiles import Tiling, tiling
+from granq_jax.kernels.triton import BlockSpec, launch
 
 NAME = "quantize_sample_channel"
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from granq_jax.kernels.gpus import lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -29,7 +30,7 @@ def kernel_or(form: Callable[..., Any], kernel: Callable[..., Any], *operands: A
 
     Args:
       form: in plain JAX.
-      kernel: launches of :mod:`granq_jax.kernels.backend`.
+      kernel: launches of :mod:`granq_jax.kernels`.
       *operands: pytrees of arrays.
       required: whether ``form`` must not take the kernel's place.
 
@@ -77,13 +78,11 @@ def _lowered_form(context, *leaves, form, kernel, required):
     return mlir.lower_fun(form)(context, *leaves)
 
 
-def _lowered_kernel(context, *leaves, form, kernel, required, platform):
+def _lowered_kernel(context, *leaves, form, kernel, required):
     try:
-        from granq_jax.kernels import backend
-
         # On one device's part: what it is a part of, of which avals know, is nothing to a kernel.
         avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
-        with backend.lowering(platform):
+        with lowering():
             return mlir.lower_fun(kernel)(context.replace(avals_in=avals), *leaves)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
@@ -106,4 +105,4 @@ batching.primitive_batchers[_kernel_or] = _batched
 ad.primitive_jvps[_kernel_or] = _differentiated
 mlir.register_lowering(_kernel_or, _lowered_form)
 for _platform in PLATFORMS:
-    mlir.register_lowering(_kernel_or, functools.partial(_lowered_kernel, platform=_platform), platform=_platform)
+    mlir.register_lowering(_kernel_or, _lowered_kernel, platform=_platform)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from granq_jax.kernels import MIN_RANGE, backend
+from granq_jax.kernels import MIN_RANGE, triton
 from granq_jax.kernels.tiles import Tiling
 
 
@@ -29,11 +29,11 @@ class Place(NamedTuple):
     def load(self, ref: Any) -> jax.Array:
         """The tile of ``ref`` as float32, 0 outside of the array."""
         other = None if self.mask is None else jnp.zeros((), ref.dtype)
-        return backend.load(ref.at[self.rows, :], mask=self.mask, other=other).astype(jnp.float32)
+        return triton.load(ref.at[self.rows, :], mask=self.mask, other=other).astype(jnp.float32)
 
     def store(self, ref: Any, values: jax.Array) -> None:
         """Writes the tile to ``ref``."""
-        backend.store(ref.at[self.rows, :], values.astype(ref.dtype), mask=self.mask)
+        triton.store(ref.at[self.rows, :], values.astype(ref.dtype), mask=self.mask)
 
 
 class Block:
@@ -46,7 +46,7 @@ class Block:
 
     def __init__(self, tiling: Tiling):
         self.tiling = tiling
-        first = backend.program_id(1) * tiling.columns
+        first = triton.program_id(1) * tiling.columns
         self.inside = first + jnp.arange(tiling.columns) < tiling.channels if tiling.ragged else None
 
     def place(self, start: Any, rows: int) -> Place:
@@ -57,7 +57,7 @@ class Block:
         if self.inside is not None:
             inside = self._everywhere(self.inside[None, :], rows)
             mask = inside if mask is None else mask & inside
-        return Place(backend.ds(start, rows), mask)
+        return Place(triton.ds(start, rows), mask)
 
     def load_pair(self, ref: Any) -> tuple[jax.Array, jax.Array]:
         """Both rows of a (2, channels) array, (columns,) each, of whose block ``tiling.pair_rows`` are the rows.
@@ -70,13 +70,13 @@ class Block:
         mask = row < 2
         if self.inside is not None:
             mask &= self._everywhere(self.inside[None, :], rows)
-        both = backend.load(ref.at[backend.ds(0, rows), :], mask=mask, other=0.0)
+        both = triton.load(ref.at[triton.ds(0, rows), :], mask=mask, other=0.0)
         first, second = (jnp.sum(jnp.where(row == i, both, 0.0), axis=0) for i in (0, 1))
         return first, second
 
     def store_numbers(self, ref: Any, values: jax.Array) -> None:
         """Writes one number a channel, (columns,)."""
-        backend.store(ref, values, mask=self.inside)
+        triton.store(ref, values, mask=self.inside)
 
     def _everywhere(self, values, rows):
         return jnp.broadcast_to(values, (rows, self.tiling.columns))

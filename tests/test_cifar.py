@@ -205,6 +205,12 @@ def test_nothing_found_says_what_was_looked_for(tmp_path, name):
         load_split(name, "test", os.fspath(tmp_path))
 
 
+def test_a_packed_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    with one_line_error(ValueError, "config.data_dir", "cifar-10-python.tar.gz", "unpacked"):
+        load_split("cifar10", "test", os.fspath(tmp_path))
+
+
 def test_a_data_set_for_tfds_without_tfds_says_so(tmp_path):
     (tmp_path / "cifar10").mkdir()
     with one_line_error(ValueError, "config.data_dir", "cifar10", "tensorflow_datasets"):

@@ -57,7 +57,7 @@ def test_student_before_training(real, granularity, released):
 def test_an_exported_program_answers_as_the_student_does(real):
     """Of 1,000 images 99.9 %, with the bundled teacher's weights at W3A3; from pixels."""
     _, split = real
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     trainer, teacher = make_trainer(config), granq_jax.teachers.load_teacher(config, Path())
     program = export_pixels_program(trainer, split.dataset, teacher)
     student = jax.jit(lambda x: quantize(trainer.model, trainer.spec, impl="xla").apply(teacher, x))

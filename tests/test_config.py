@@ -9,7 +9,9 @@ from granq_jax.config import CHECKS, check_config, default_config
 from tests.conftest import one_line_error
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+RECOMMENDED = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+RELEASED = sorted(f"paper/{path.stem}" for path in (CONFIGS / "paper").glob("[a-z]*.py"))
+NAMES = RECOMMENDED + RELEASED
 
 
 # batch, epochs, warm-up, student's rate, its decays, temperature; then (lambda_l, alpha_ds) at 3, 4 and 5 bits.
@@ -26,7 +28,7 @@ RESNET50_DECAYS = {3: (150, 300, 400), 4: (200, 300, 400), 5: (350, 400)}
 @pytest.mark.parametrize("row", PAPER)
 @pytest.mark.parametrize("bits", [3, 4, 5])
 def test_settings_are_the_papers(row, bits):
-    config = load_config(f"{row}_w{bits}a{bits}")
+    config = load_config(f"paper/{row}_w{bits}a{bits}")
     batch, epochs, warmup, lr, decays, temperature, *by_bits = PAPER[row]
     if row == "imagenet_resnet50":
         decays = RESNET50_DECAYS[bits]
@@ -40,8 +42,8 @@ def test_settings_are_the_papers(row, bits):
     assert (config.loss.temperature, config.loss.lambda_upper, config.loss.alpha_as) == (temperature, 0.8, 0.1)
     assert (config.loss.lambda_lower, config.loss.alpha_ds) == by_bits[bits - 3]
     assert config.generator.conditional == row.startswith("imagenet")
-    text = (CONFIGS / f"{row}_w{bits}a{bits}.py").read_text()
-    assert f"--config configs/{row}_w{bits}a{bits}.py" in text
+    text = (CONFIGS / "paper" / f"{row}_w{bits}a{bits}.py").read_text()
+    assert f"--config configs/paper/{row}_w{bits}a{bits}.py" in text
     assert "Measured here" in text
 
 
@@ -50,13 +52,29 @@ def test_every_config_loads_by_name_and_path_and_is_allowed(name):
     by_name, by_path = load_config(name), load_config(CONFIGS / f"{name}.py")
     assert by_name.to_dict() == by_path.to_dict()
     check_config(by_name)
-    bits = int(name.removesuffix("_best")[-1])
+    bits = int(name[-1])
     trainer = make_trainer(by_name)
     assert trainer.spec.weight_bits == trainer.spec.act_bits == bits
 
 
-def test_a_saved_config_is_read_back(tmp_path):
-    config = load_config("digits_w3a3")
+def test_each_network_has_its_recommended_and_its_released_settings():
+    assert {f"paper/{name}" for name in RECOMMENDED} - {"paper/digits_w3a3"} == set(RELEASED)
+    assert len(RELEASED) == 15
+
+
+@pytest.mark.parametrize("name", [name for name in RECOMMENDED if not name.startswith("digits")])
+def test_a_recommended_config_says_how_it_is_run_and_what_was_measured(name):
+    text = (CONFIGS / f"{name}.py").read_text()
+    assert f"--config configs/{name}.py" in text
+    assert "Measured here" in text
+    config = load_config(name)
+    assert not make_trainer(config).losses.watches_student
+    assert config.student.schedule == "cosine"
+
+
+@pytest.mark.parametrize("name", ["digits_w3a3", "cifar10_w3a3"])
+def test_a_saved_config_is_read_back(tmp_path, name):
+    config = load_config(name)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert load_config(tmp_path / "config.json").to_dict() == config.to_dict()
 
@@ -80,6 +98,11 @@ def _flat(tree, prefix=""):
     [
         ("seed", -1, "from 0"),
         ("seed", 1.5, "whole numbers"),
+        ("mean", (0.5,), "3 numbers"),
+        ("mean", (0.5, 0.5, 127.0), "from 0 to 1"),
+        ("mean", 0.5, "tuples"),
+        ("std", (0.5, 0.5, 0.0), "above 0"),
+        ("std", (0.2, 0.2, 0.2, 0.2), "3 numbers"),
         ("network", "resnet21", "resnet20_cifar10"),
         ("dataset", "mnist", "digits"),
         ("dataset", "cifar100", "classes 10"),

@@ -56,7 +56,7 @@ def teachers(tmp_path_factory):
     return teacher
 
 
-CONFIGS = [f"{row}_w{bits}a{bits}" for row in ROWS for bits in (3, 4, 5)]
+CONFIGS = [f"{folder}{row}_w{bits}a{bits}" for folder in ("", "paper/") for row in ROWS for bits in (3, 4, 5)]
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_three_steps_and_an_evaluation(name, teachers, tmp_path, monkeypatch):
     config = load_config(name)
     config.teacher = teachers(config.network)
     config.batch_size, config.eval_batch_size = 2, 4
-    config.epochs, config.steps_per_epoch, config.warmup_epochs = 1, 3, 0
+    config.epochs, config.steps_per_epoch, config.warmup_epochs = 3, 1, 1
     result = train_and_evaluate(config, tmp_path)
     assert (result["steps"], result["eval_examples"]) == (3, 4)
     assert result["weight_bits"] == result["act_bits"] == int(name[-1])

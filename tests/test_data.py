@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from granq_jax.data import DATASETS, load_split
-from granq_jax.splits import EncodedSplit, centre_crop
+from granq_jax.splits import EncodedSplit, batches, centre_crop
 from granq_jax.stopping import RunError
 from tests.conftest import one_line_error
 
@@ -147,6 +147,20 @@ def test_what_is_no_image_folder_is_refused(tmp_path, classes, below, split, wor
     data_dir = "" if below is None else os.fspath(tmp_path / below)
     with one_line_error(ValueError, "config.data_dir", data_dir, *words):
         load_split("image_folder", split, data_dir)
+
+
+@pytest.mark.parametrize("what", ["mean", "std"])
+def test_images_are_normalised_as_the_teachers_were(tmp_path, what):
+    usual = DATASETS["cifar10"]
+    given = {what: (0.5, 0.25, 0.125)}
+    np.savez(tmp_path / "cifar10.npz", x_test=np.full((2, 32, 32, 3), 51, np.uint8), y_test=np.zeros(2, int))
+    found = load_split("cifar10", "test", os.fspath(tmp_path), **given)
+    mean, std = np.array(given.get("mean", usual.mean)), np.array(given.get("std", usual.std))
+    images, _, _ = next(iter(batches(found, 2)))
+    np.testing.assert_allclose(images[0, 0, 0], (0.2 - mean) / std, rtol=1e-5)
+    # And back, for people.
+    assert set(found.dataset.pixels(images).ravel().tolist()) == {51}
+    assert load_split("cifar10", "test", os.fspath(tmp_path)).dataset == usual
 
 
 def class_folders(root, names, image=b"no image"):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from granq_jax.devices import cores, mean_over_devices, sample_index
+from granq_jax.devices import check_platforms, cores, mean_over_devices, sample_index
 from tests.conftest import one_line_error
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "device_agreement.py"
@@ -91,6 +91,32 @@ def test_a_cpu_of_several_cores_is_two_devices_unless_something_speaks_against_i
 
 def devices_of(*processes):
     return [types.SimpleNamespace(process_index=process) for process in processes]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("No GPU\nwas found (set JAX_PLATFORMS='')"), AssertionError()])
+def test_platforms_that_jax_cannot_use_are_refused(monkeypatch, error):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fails)
+    with one_line_error(ValueError, "JAX_PLATFORMS", "allowed", "'cpu'", str(error).split("\n")[0]):
+        check_platforms()
+
+
+def test_the_command_and_the_report_say_so_in_a_line(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "nonsense"}
+    (tmp_path / "config.json").write_text("{}")
+    for arguments in (
+        ["granq_jax.main", "--config=digits_w3a3", "--workdir=run", "--config.eval=none", "--config.teacher=train"],
+        ["granq_jax.report", "."],
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: JAX_PLATFORMS: got 'nonsense'")
+        assert ended.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_process_has_the_samples_of_its_own_devices(monkeypatch):

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer, create_model
+from granq_jax import Generator, LossSettings, OptimizerSettings, QuantSpec, Trainer, create_model
 from granq_jax.devices import place
 from granq_jax.joint_run import JointRun, NonFinite, NonFiniteError, zero_shot_quantize
-from granq_jax.step import CHECKED, mapped_step, sample_noise
+from granq_jax.step import CHECKED, mapped_step, sample_noise, update
 from tests.conftest import one_line_error
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -230,6 +230,66 @@ def test_steps_go_on_from_a_state(teacher):
     chex.assert_trees_all_equal(jax.device_get(rest.state), jax.device_get(whole.state))
 
 
+def test_a_generator_that_does_not_look_at_the_student_takes_the_same_step(x64, teacher):
+    """The way through the student is left out where its weight is 0; with a weight of nearly 0 it is not."""
+    teacher = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), teacher)
+    z, labels = jax.random.normal(jax.random.key(1), (4, 100), jnp.float64), jnp.arange(4)
+    after = {}
+    for alpha_as in (0.0, 1e-300):
+        losses = LossSettings(hinge=0.0, alpha_ds=0.0, alpha_as=alpha_as, alpha_label=1.0, gamma=10.0)
+        trainer = make_trainer(losses=losses, dtype=jnp.float64)
+        assert losses.watches_student == bool(alpha_as)
+        state = trainer.init(teacher)
+        after[alpha_as], _ = jax.jit(update, static_argnums=(0, 1))(trainer, False, state, teacher, z, labels)
+    chex.assert_trees_all_close(after[0.0], after[1e-300], rtol=1e-9, atol=1e-12)
+
+
+def test_the_cosine_ends_at_zero_and_leaves_the_generator_alone():
+    settings = OptimizerSettings(
+        steps_per_epoch=10, warmup_epochs=2, cosine_epochs=6, decay_epochs=(), student_lr=0.5, generator_lr=0.1
+    )
+    trainer = make_trainer(optimizers=settings)
+    steps = np.arange(61)
+    expected = 0.25 * (1 + np.cos(np.pi * np.clip((steps - 20) / 40, 0, 1)))
+    np.testing.assert_allclose([trainer.student_schedule(step) for step in steps], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose([trainer.generator_schedule(step) for step in steps], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_student_learns_at_the_rate_that_is_logged(x64, optimizer):
+    """The optimizer counts its own steps, which begin after the warm-up."""
+    settings = OptimizerSettings(
+        student_optimizer=optimizer, steps_per_epoch=2, warmup_epochs=1, cosine_epochs=4, student_weight_decay=0.0
+    )
+    trainer = make_trainer(optimizers=settings)
+    params, gradient = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
+    state = trainer.student_optimizer.init(params)
+    for step in range(2, 8):
+        updates, state = trainer.student_optimizer.update(gradient, state, params)
+        rate = float(trainer.student_schedule(step))
+        # Of a gradient that is always 1 both of Adam's moments are 1.
+        momentum = 1.0 if optimizer == "adam" else 1 + 0.9 * sum(0.9**k for k in range(step - 1))
+        np.testing.assert_allclose(updates["w"], -rate * momentum, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"student_optimizer": "rmsprop"}, ("student_optimizer", "'rmsprop'", "'adam'")),
+        ({"cosine_epochs": 1, "warmup_epochs": 1}, ("cosine_epochs", "warmup_epochs, 1")),
+    ],
+)
+def test_optimizer_settings_that_are_refused(changes, words):
+    with one_line_error(ValueError, *words):
+        OptimizerSettings(**changes)
+
+
+def test_the_cosine_ends_with_the_run(teacher):
+    trainer = make_trainer(optimizers=OptimizerSettings(steps_per_epoch=2, warmup_epochs=1, cosine_epochs=3))
+    with one_line_error(ValueError, "epochs: got 4", "cosine_epochs, 3"):
+        zero_shot_quantize(trainer, teacher, epochs=4)
+
+
 @pytest.mark.parametrize(("precision", "stated"), [("float32", "HIGHEST"), ("tf32", "HIGH"), ("default", "DEFAULT")])
 def test_all_products_of_a_step_are_of_the_trainers_precision(teacher, precision, stated):
     state = make_trainer().state_shapes(teacher)
@@ -243,3 +303,26 @@ def test_all_products_of_a_step_are_of_the_trainers_precision(teacher, precision
     for line in products:
         assert set(re.findall(r"\b(?:DEFAULT|HIGHEST|HIGH)\b", line)) <= {stated}, line
         assert stated in line or stated == "DEFAULT"  # which may be left unsaid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warmup", [True, False])
+def test_several_steps_in_a_program_are_those_one_by_one(warmup, teacher, x64):
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), teacher)
+    one_by_one, together = (JointRun(make_trainer(dtype=jnp.float64), wide, jax.local_devices()) for _ in range(2))
+    for _ in range(3):
+        metrics = one_by_one.advance(warmup)
+    last = together.advance(warmup, steps=3)
+    assert together.step == int(together.state.step) == 3
+    chex.assert_trees_all_close(jax.device_get(last), jax.device_get(metrics), rtol=1e-9)
+    chex.assert_trees_all_close(jax.device_get(together.state), jax.device_get(one_by_one.state), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_steps_in_a_program_that_are_not_finite_are_told_by_their_numbers(teacher):
+    run = JointRun(make_trainer(on_nonfinite="skip"), teacher, jax.local_devices())
+    run.advance(warmup=True)
+    run.state = spoiled(run.state, "generator")
+    run.advance(warmup=True, steps=2)
+    assert [found.step for found in run.check()] == [2, 3]
+    assert not run.check()

@@ -33,7 +33,7 @@ def test_every_config_takes_every_method():
 @pytest.mark.parametrize("before", METHODS)
 def test_a_method_takes_the_place_of_another(before):
     for method in METHODS:
-        config, fresh = load_config("cifar10_w3a3"), load_config("cifar10_w3a3")
+        config, fresh = load_config("paper/cifar10_w3a3"), load_config("paper/cifar10_w3a3")
         set_method(config, before)
         config.loss.gamma, config.student.lr = 1.0, 1e-4  # what a method leaves to the config
         for one in (config, fresh):
@@ -47,7 +47,7 @@ def test_an_unknown_method_is_refused():
 
 
 def test_a_config_without_all_settings_takes_a_method_or_says_why_not():
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     with config.unlocked():
         del config.loss.objective
     set_method(config, "gdfq")

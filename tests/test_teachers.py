@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from granq_jax import load_config, load_torch, zoo
 from granq_jax.checkpoint import save_variables
 from granq_jax.evaluate import evaluate_run
 from granq_jax.models import create_model
-from granq_jax.teachers import check_teacher, load_teacher
+from granq_jax.teachers import check_loads, check_teacher, load_teacher
+from granq_jax.torch_names import namings
 from granq_jax.train_teacher import train_teacher
 from tests.conftest import one_line_error
 
@@ -98,7 +100,7 @@ def test_a_teacher_is_evaluated_alone(trained, tmp_path):
 
 
 def test_the_bundled_teacher(tmp_path):
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     assert config.teacher == "bundled"
     teacher = flatten_dict(load_teacher(config, tmp_path))
     shapes = flatten_dict(jax.eval_shape(create_model(config.network).init, jax.random.key(0), np.ones((1, 32, 32, 3))))
@@ -109,10 +111,15 @@ def test_the_bundled_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("config", "teacher", "error", "words"),
     [
-        ("cifar10_w3a3", "", ValueError, ("not set", "'bundled'", "'resnet20_cifar10'", "'train'", ".safetensors")),
-        ("cifar10_w3a3", "none.npz", FileNotFoundError, ("none.npz", "no such file", "'bundled'")),
-        ("cifar10_w3a3", "resnet18", ValueError, ("'resnet18' for 'resnet20_cifar10'", "'bundled'")),
-        ("imagenet_resnet18_w3a3", "bundled", ValueError, ("'bundled' for 'resnet18'", "'resnet18', a public")),
+        (
+            "paper/cifar10_w3a3",
+            "",
+            ValueError,
+            ("not set", "'bundled'", "'resnet20_cifar10'", "'train'", ".safetensors"),
+        ),
+        ("paper/cifar10_w3a3", "none.npz", FileNotFoundError, ("none.npz", "no such file", "'bundled'")),
+        ("paper/cifar10_w3a3", "resnet18", ValueError, ("'resnet18' for 'resnet20_cifar10'", "'bundled'")),
+        ("paper/imagenet_resnet18_w3a3", "bundled", ValueError, ("'bundled' for 'resnet18'", "'resnet18', a public")),
     ],
 )
 def test_teachers_that_cannot_be_had(config, teacher, error, words):
@@ -122,8 +129,43 @@ def test_teachers_that_cannot_be_had(config, teacher, error, words):
         check_teacher(config)
 
 
+def test_a_file_of_others_is_read_with_a_word_on_its_normalisation(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "granq_jax")
+    config = tiny_config(mean=(0.25,))
+    shapes = namings(config.network)[0]
+    tensors = {}
+    for path, key in shapes.names.items():
+        shape = shapes.shapes[path]
+        tensors[key] = np.ones((shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1], np.float32)
+    np.savez(tmp_path / "theirs.npz", **tensors)
+    config.teacher = str(tmp_path / "theirs.npz")
+    variables = load_teacher(config, tmp_path)
+    assert "mean (0.25,) and std (0.38,)" in caplog.text
+    assert "config.mean and config.std" in caplog.text
+    caplog.clear()
+    save_variables(tmp_path / "own.safetensors", variables)
+    config.teacher = str(tmp_path / "own.safetensors")
+    load_teacher(config, tmp_path)
+    assert "config.mean" not in caplog.text
+
+
+def test_a_teacher_trained_here_is_used_with_images_normalised_alike(trained, tmp_path):
+    workdir, result = trained
+    assert (result["mean"], result["std"]) == ([0.30], [0.38])
+    path = str(workdir / "teacher.safetensors")
+    load_teacher(tiny_config(teacher=path, std=(0.38,)), tmp_path)
+    with one_line_error(ValueError, "config.std", "[0.5]", "[0.38]", "teacher.json"):
+        load_teacher(tiny_config(teacher=path, std=(0.5,)), tmp_path)
+
+
+def test_training_does_not_go_on_with_images_normalised_otherwise(trained):
+    workdir, _ = trained
+    with one_line_error(ValueError, "workdir", "mean", "[0.5]"):
+        check_loads(tiny_config(teacher="train", mean=(0.5,)), workdir, anew=False)
+
+
 def test_a_public_checkpoint_is_fetched_by_name(tmp_path, monkeypatch):
-    config = load_config("cifar10_w3a3")
+    config = load_config("paper/cifar10_w3a3")
     config.teacher = config.network
     images = np.ones((1, 32, 32, 3), np.float32)
     variables = jax.jit(create_model(config.network).init)(jax.random.key(0), images)

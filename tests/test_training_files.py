@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from granq_jax import create_model, load_torch
-from granq_jax.checkpoint import save_variables
+from granq_jax import Generator, QuantSpec, Trainer, create_model, load_torch
+from granq_jax.checkpoint import Checkpoints, save_variables
+from granq_jax.evaluate import state_of_run
+from granq_jax.models.mobilenet_v2 import MobileNetV2
+from granq_jax.models.registry import variants
 from granq_jax.torch_import import torch_name
 from granq_jax.torch_names import namings
 from tests.conftest import one_line_error
@@ -273,6 +276,19 @@ def test_two_that_fit_and_differ_are_refused_by_name(tmp_path, content, places):
     is_refused(tmp_path / "t.pth", "t.pth", "two", "differ", *places)
 
 
+def test_a_damaged_file_of_two_is_to_blame(tmp_path):
+    content = whole({"model": plain(), "model_ema": plain(seed=1)})
+    place = content.index(plain(seed=1)[KEY].tobytes())
+    (tmp_path / "t.pth").write_bytes(content[:place] + b"!" + content[place + 1 :])
+    is_refused(tmp_path / "t.pth", "t.pth", "cannot be read")
+
+
+def test_what_is_there_instead_of_a_tensor_is_named(tmp_path):
+    quantized = Raw(b"ctorch._utils\n_rebuild_qtensor\n)R")
+    (tmp_path / "t.pth").write_bytes(whole(plain() | {KEY: quantized}))
+    is_refused(tmp_path / "t.pth", f"{KEY} is a torch._utils._rebuild_qtensor, allowed are tensors")
+
+
 @pytest.mark.parametrize("more", ["model.fc.weight", "0.mean", "criterion.weight"])
 def test_a_tensor_outside_the_prefix_is_not_left_out(more):
     message = is_refused(below("model.") | {more: np.ones((10, 3), np.float32)}, f"surplus {more}", "'model.'")
@@ -431,6 +447,20 @@ def test_a_model_computes_what_its_variables_are_of():
     assert "conv1" in other["params"]["stage1"]["unit1"]
     assert "bias" not in other["params"]["head"]
     assert jax.tree.structure(model.init(jax.random.key(0), images)) == jax.tree.structure(other)
+
+
+def test_a_run_of_any_build_is_found_again(tmp_path):
+    """From its checkpoint alone, which says how its network was built."""
+    trainer = Trainer(model=MobileNetV2(10), generator=Generator(classes=10, image_size=32), spec=QuantSpec())
+    images = np.ones((1, 32, 32, 3), np.float32)
+    for number, build in enumerate(variants(trainer.model)):
+        shapes = trainer.state_shapes(jax.eval_shape(build.init, jax.random.key(0), images))
+        state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+        with Checkpoints(tmp_path / str(number)) as checkpoints:
+            checkpoints.save(3, state)
+        step, found = state_of_run(trainer, tmp_path / str(number))
+        assert step == 3
+        assert jax.tree.structure(found) == jax.tree.structure(state)
 
 
 def test_files_that_lack_what_only_some_builds_have_say_what_is_missing():

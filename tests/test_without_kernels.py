@@ -66,10 +66,8 @@ def test_as_a_library():
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    images = np.ones((1, 8, 8, 1), np.float32)
-    save_variables(
-        folder / "teacher.safetensors", jax.jit(create_model("resnet8_digits").init)(jax.random.key(0), images)
-    )
+    init, images = jax.jit(create_model("resnet8_digits").init), np.ones((1, 8, 8, 1), np.float32)
+    save_variables(folder / "teacher.safetensors", init(jax.random.key(0), images))
     return folder / "run", run(RUN, str(folder / "run"), str(folder / "teacher.safetensors"))
 
 

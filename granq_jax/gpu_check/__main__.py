@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 from tqdm.auto import tqdm
 
-from granq_jax.gpu_check.kernels import Case, Row, cases, compiled_row
+from granq_jax.gpu_check.kernels import Case, Row, cases, compiled_row, faults_on_mosaic, on_mosaic
 from granq_jax.gpu_check.step import StepRow, step_row
 from granq_jax.gpu_check.targets import GPUS
 
 # Some of every kind: one tile and several, with a loop, narrow and wide.
 _SOME = ((16, 32, 32, 16), (16, 7, 7, 512), (16, 56, 56, 144), (16, 112, 112, 64), (3, 3, 512, 512), (3, 3, 1, 960))
-_STEPS = (("cifar10_w3a3", 1), ("imagenet_resnet18_w3a3", 1), ("cifar10_w3a3", 8))
+_STEPS = (("paper/cifar10_w3a3", 1), ("paper/imagenet_resnet18_w3a3", 1), ("paper/cifar10_w3a3", 8))
 _BYTES_A_MICROSECOND = 3e6
 _BEGIN, _END = "<!-- begin: python -m granq_jax.gpu_check -->", "<!-- end -->"
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [case for case in cases() if options.all or (case.shape in _SOME and case.dtype != "float16")]
     pairs = [(case, gpu) for case in chosen for gpu in (GPUS if options.all else GPUS[:1])]
     rows = [compiled_row(case, gpu) for case, gpu in tqdm(pairs, desc="kernels")]
+    successors = {case: faults_on_mosaic(case, GPUS[0]) for case in tqdm(on_mosaic(chosen), desc="on Mosaic GPU")}
     named = [(name, GPUS[0], count) for name, count in (_STEPS if options.all else _STEPS[:1])]
     steps = [step_row(*step) for step in tqdm(named, desc="steps")]
 
@@ -44,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.markdown.write_text(f"{before}{_BEGIN}\n\n{tables}\n\n{_END}{rest.split(_END)[1]}")
     faults = [f"{row.case} on {row.gpu}: {fault}" for row in rows for fault in row.faults]
     faults += [f"step of {row.config} on {row.count} {row.gpu}: {fault}" for row in steps for fault in row.faults]
-    print(f"\n{len(rows)} kernels, {len(steps)} steps compiled; {len(faults)} faults", *faults, sep="\n")
+    faults += [f"{case} on Mosaic GPU: {fault}" for case, found in successors.items() for fault in found]
+    print(
+        f"\n{len(rows)} kernels, {len(successors)} on Mosaic GPU, {len(steps)} steps compiled; {len(faults)} faults",
+        *faults,
+        sep="\n",
+    )
     return 1 if faults else 0
 
 

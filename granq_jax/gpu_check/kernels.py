@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from granq_jax.gpu_check.ptx import Kernel, inspect
-from granq_jax.gpu_check.targets import compiled_for
-from granq_jax.kernels import backend, codes, out_channel, sample_channel
+from granq_jax.gpu_check.ptx import Kernel, inspect, mosaic_faults
+from granq_jax.gpu_check.targets import compiled_by_mosaic, compiled_for
+from granq_jax.kernels import codes, gpus, mosaic, out_channel, sample_channel
 from granq_jax.kernels.tiles import VECTOR_BYTES, Tiling, tiling
 from granq_jax.models.layers import NormAct
 from granq_jax.models.registry import create_model
@@ -190,9 +190,23 @@ def _cases_of(network: str, image_size: int, batch: int) -> Iterator[Case]:
             yield Case("weight", weight.shape, dtype)
 
 
+def on_mosaic(chosen: Iterable[Case]) -> list[Case]:
+    """Those of which there is a kernel on Mosaic GPU, too, if this JAX has all that it needs."""
+    if jax.__version_info__ < mosaic.LEAST_JAX:
+        return []
+    plain = [case for case in chosen if case.name == "fake_quant"]
+    return [case for case in plain if mosaic.columns(*case.array[1:], case.itemsize)]
+
+
+def faults_on_mosaic(case: Case, gpu: str) -> list[str]:
+    """Compiles it there."""
+    x = jax.ShapeDtypeStruct(case.shape, case.dtype)
+    return mosaic_faults(compiled_by_mosaic(gpu, partial(mosaic.fake_quant, bits=BITS), x))
+
+
 def compiled_row(case: Case, gpu: str) -> Row:
     """Compiles a case; it also has to lower for ROCm, which no compiler here can go on from."""
     function, arguments = case.function()
-    with backend.lowering():
+    with gpus.lowering():
         jax.jit(function).trace(*arguments).lower(lowering_platforms=("rocm",))
         return Row(case, gpu, inspect(compiled_for(gpu, function, *arguments), case.tiling))

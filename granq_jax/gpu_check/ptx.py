@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from granq_jax.gpu_check.targets import Program
-from granq_jax.kernels.tiles import Tiling
+from granq_jax.kernels.tiles import VECTOR_BYTES, Tiling
 
 _ACCESS = re.compile(r"(@%p\d+ )?\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)")
+_GENERIC_ACCESS = re.compile(r"\b(?:ld|st)(?:\.v(\d))?\.[busf](\d+)")
 _LABEL = re.compile(r"^(\$L__BB\w+):", re.M)
 _JUMP = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);")
 _LAUNCH = re.compile(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), .*shared_memory: (\d+) bytes")
@@ -67,6 +68,18 @@ def inspect(program: Program, tiling: Tiling) -> Kernel:
         writes=moved["st"],
         tests_nan=bool(re.search(r"setp\.nan\.(bf16|f16|f32)", program.ptx)),
     )
+
+
+def mosaic_faults(ptx: str) -> list[str]:
+    """What is not as it should be with a kernel that Mosaic GPU made; its loads do not say that they are global."""
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", _assemble(ptx))))
+    widths = {int(vector or 1) * int(bits) // 8 for vector, bits in _GENERIC_ACCESS.findall(ptx)}
+    checks = {
+        f"{spilled} bytes spilled": spilled > 0,
+        f"accesses of {sorted(widths)} bytes a thread": widths != {VECTOR_BYTES},
+        "minimum or maximum passes over NaN": bool(re.search(r"\b(min|max)\.(bf16|f16|f32)", ptx)),
+    }
+    return [fault for fault, holds in checks.items() if holds]
 
 
 def _has_masks(tiling: Tiling) -> bool:

@@ -92,6 +92,18 @@ def compiled_for(gpu: str, function: Callable[..., Any], *arguments: jax.ShapeDt
     return compiled(jax.jit(function).trace(*_placed(gpu, arguments)).lower())
 
 
+def compiled_by_mosaic(gpu: str, function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) -> str:
+    """The PTX of the one Mosaic GPU kernel that ``function`` launches, which XLA has another compiler make."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = directory
+        try:
+            jax.jit(function).trace(*_placed(gpu, arguments)).lower().compile()
+        finally:
+            del os.environ["MOSAIC_GPU_DUMP_TO"]
+        (path,) = Path(directory).glob("*.ptx")
+        return path.read_text()
+
+
 def _placed(gpu: str, arguments: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
     sharding = NamedSharding(Mesh(np.array(devices(gpu)), ("device",)), PartitionSpec())
     return [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments]

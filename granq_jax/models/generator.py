@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from granq_jax.checks import is_whole
 from granq_jax.models.convolution import convolve
 from granq_jax.models.layers import batch_moments
+from granq_jax.models.reductions import over_pixels
 from granq_jax.platforms import by_platform
 
 
@@ -53,18 +54,23 @@ class BatchStatsNorm(nn.Module):
             count = x.size // features * (1 if axis_name is None else jax.lax.axis_size(axis_name))
             running_mean.value = 0.9 * running_mean.value + 0.1 * mean
             running_var.value = 0.9 * running_var.value + 0.1 * var * (count / (count - 1))
-        spread = (-1,) + (1,) * (x.ndim - 2) + (features,)
 
         def learnt(name, initializer):
             shape = (self.classes, features) if self.classes else (features,)
             value = self.param(name, initializer, shape, x.dtype)
-            return (value[labels] if self.classes else value).reshape(spread)
+            return value[labels] if self.classes else value
 
-        multiplier = jax.lax.rsqrt(var + self.epsilon).reshape(spread)
+        def spread(number):
+            if number.ndim == 1:
+                return over_pixels(number, x.shape)
+            return number.reshape(-1, *(1,) * (x.ndim - 2), features)
+
+        multiplier = jax.lax.rsqrt(var + self.epsilon)
         if self.affine:
-            multiplier = multiplier * learnt("scale", nn.initializers.ones)
-        y = (x - mean.reshape(spread)) * multiplier
-        return y + learnt("bias", nn.initializers.zeros) if self.affine else y
+            scale = learnt("scale", nn.initializers.ones)
+            multiplier = multiplier[None] * scale if self.classes else multiplier * scale
+        y = (x - spread(mean)) * spread(multiplier)
+        return y + spread(learnt("bias", nn.initializers.zeros)) if self.affine else y
 
 
 class UpsampleConv(nn.Module):
@@ -82,7 +88,8 @@ class UpsampleConv(nn.Module):
         channels = x.shape[-1]
         kernel = self.param("kernel", _uniform_fan_in, (3, 3, channels, self.features), x.dtype)
         bias = self.param("bias", _uniform_bias(9 * channels), (self.features,), x.dtype)
-        return upsample_conv(x, kernel) + bias.reshape(1, 1, 1, -1)
+        y = upsample_conv(x, kernel)
+        return y + over_pixels(bias, y.shape)
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from granq_jax.models.convolution import convolve
+from granq_jax.models.reductions import channel_means
 
 NORM_EPSILON = 1e-5
 ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}
@@ -119,9 +120,8 @@ _moments.defvjp(_forward, _backward)
 @jax.jit
 def _two_sweeps(x):
     """Instead of E[x^2] - E[x]^2, which loses all digits where the mean is large."""
-    axes = tuple(range(x.ndim - 1))
-    mean = jnp.mean(x, axes)
-    return mean, jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
+    mean = channel_means(x)
+    return mean, channel_means(jnp.square(x - jnp.expand_dims(mean, tuple(range(x.ndim - 1)))))
 
 
 @jax.jit

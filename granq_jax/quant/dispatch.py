@@ -20,6 +20,15 @@ from granq_jax.platforms import on_cpus_only
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
 KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
+# What quantizes activations with nothing fused on a GPU: "triton", or "mosaic" where that kernel covers them. It
+# compiles, and computes what it should in interpret mode, but no GPU has run it.
+_PLAIN = "triton"
+
+
+def on_mosaic() -> bool:
+    """Whether Mosaic GPU's kernel is taken where there is one."""
+    return _PLAIN == "mosaic"
+
 
 def has_kernel(x: jax.Array, granularity: str) -> bool:
     """Whether there is a kernel for arrays like ``x``; XLA computes others whatever is asked for."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from granq_jax.checks import check_choice
 from granq_jax.models.layers import ACTIVATIONS
+from granq_jax.models.reductions import over_pixels
 from granq_jax.quant.affine import (
     affine,
     affine_codes,
@@ -21,7 +22,7 @@ from granq_jax.quant.affine import (
     compute_dtype,
     over_groups,
 )
-from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
+from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel, on_mosaic
 from granq_jax.quant.spec import check_bits, granularity_of, kept_axes
 
 
@@ -120,7 +121,7 @@ def _before(x, norm, residual, activation):
     """What comes before the quantizer, in the arithmetic of the layers that it stands for."""
     dtype = x.dtype
     if norm is not None:
-        mean, factor, bias = (jnp.expand_dims(number, tuple(range(x.ndim - 1))) for number in norm)
+        mean, factor, bias = (over_pixels(number, x.shape) for number in norm)
         x = ((x - mean) * factor + bias).astype(dtype)
     if residual is not None:
         x = x + residual
@@ -137,7 +138,14 @@ def _by_xla(x, norm, residual, *, how):
 
 
 def _by_kernel(x, norm, residual, *, how, interpret):
-    from granq_jax.kernels import out_channel, sample_channel  # here: see granq_jax.quant.dispatch
+    # Imported here: see granq_jax.quant.dispatch.
+    nothing_before = norm is None and residual is None and how.activation is None
+    if on_mosaic() and nothing_before and how.granularity == "sample_channel":
+        from granq_jax.kernels import mosaic
+
+        if mosaic.covers(x):
+            return mosaic.fake_quant(x, how.bits, interpret=interpret)
+    from granq_jax.kernels import out_channel, sample_channel
 
     if how.granularity == "out_channel":
         return out_channel.fake_quant(x, how.bits, interpret=interpret)

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
+from granq_jax.build import make_dataset
 from granq_jax.config import default_config, flat
 from granq_jax.data import DATASETS
 from granq_jax.metrics import LOSSES
@@ -131,7 +132,7 @@ def loss_charts(runs: Sequence[tuple[str, RunRecord]]) -> list[charts.Chart]:
 
 def strip(run: RunRecord, images: np.ndarray) -> str:
     """Generated images (N, H, W, C) of a run in a row, as a ``data:`` address."""
-    return data_uri(image_grid(DATASETS[run.config.dataset].pixels(images[None])))
+    return data_uri(image_grid(make_dataset(run.config).pixels(images[None])))
 
 
 def image_grid(pixels: np.ndarray) -> np.ndarray:

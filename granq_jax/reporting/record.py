@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from granq_jax.build import make_trainer
 from granq_jax.config import check_config, load_config
 from granq_jax.evaluate import state_of_run, teacher_of_run
+from granq_jax.paths import expanded
 from granq_jax.record import STARTS
 from granq_jax.reporting.inspection import Inspection, inspector
 
@@ -47,7 +48,7 @@ def read_run(workdir: str | Path) -> RunRecord:
         teacher cannot be had, or its ``result.json`` is damaged.
       RunError: if all of its checkpoints are damaged.
     """
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     if not (workdir / "config.json").is_file():
         raise ValueError(f"workdir: got {str(workdir)!r}, but there is no run in it (no config.json)")
     config = load_config(workdir / "config.json")

@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from granq_jax.kernels import backend, lowered
+from granq_jax.kernels import lowered
 from granq_jax.kernels.lowered import NoKernelError, kernel_or
 
 X = jnp.arange(6.0).reshape(2, 3) / 7
@@ -62,15 +62,6 @@ def test_where_no_kernel_can_be_lowered_the_form_is_and_that_is_said_once(notes)
         assert FORM in program
     (note,) = notes()
     assert "NotImplementedError: not on this one" in note
-
-
-def test_an_old_gpu_gets_the_form(monkeypatch, notes):
-    def lowering(platform):
-        raise NotImplementedError(f"old {platform}")
-
-    monkeypatch.setattr(backend, "lowering", lowering)
-    assert FORM in text(("cuda",))
-    assert "old cuda" in notes()[0]
 
 
 @pytest.mark.parametrize(("platform", "words"), [("cpu", "cuda, rocm, not for cpu"), ("cuda", "not on this one")])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from granq_jax.kernels import backend, sample_channel
+from granq_jax.kernels import gpus, sample_channel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,7 +144,7 @@ def test_it_lowers_for_gpus(platform, dtype, shape):
     def fused(x, norm, residual):
         return sample_channel.fake_quant(x, 3, norm=norm, residual=residual, activation="relu6")
 
-    with backend.lowering():
+    with gpus.lowering():
         text = jax.jit(fused).trace(x, norm, x).lower(lowering_platforms=(platform,)).as_text()
     assert text.count(sample_channel.NAME) > 0
     assert "triton" in text

@@ -6,12 +6,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from granq_jax.kernels import backend, sample_channel
+from granq_jax.kernels import gpus, sample_channel
+
+from granq_jax import fake_quant
 
 
 def lowered(platform):
     x = jax.ShapeDtypeStruct((2, 7, 7, 24), jnp.float32)
-    with backend.lowering(platform):
+    with gpus.lowering():
         return jax.jit(lambda x: sample_channel.fake_quant(x, 3)).trace(x).lower(lowering_platforms=(platform,))
 
 
@@ -28,22 +30,26 @@ def test_warnings_are_as_before_after():
 
 
 def test_other_deprecations_are_not_hidden():
-    with pytest.raises(DeprecationWarning, match="something else"), backend.lowering():
+    with pytest.raises(DeprecationWarning, match="something else"), gpus.lowering():
         warnings.warn("something else is deprecated", DeprecationWarning, stacklevel=1)
 
 
-@pytest.mark.parametrize(("capability", "taken"), [("7.5", False), ("8.0", True), ("10.3", True)])
-def test_gpus_before_ampere_are_refused(monkeypatch, capability, taken):
+def on_a_gpu(monkeypatch, capability):
     gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda *_, **__: [gpu])
-    if taken:
-        assert "triton" in lowered("cuda").as_text()
-    else:
-        with pytest.raises(NotImplementedError, match=r"7\.5, allowed are 8\.0"):
-            lowered("cuda")
 
 
-def test_gpus_of_another_maker_have_other_numbers(monkeypatch):
-    gpu = types.SimpleNamespace(platform="gpu", compute_capability="gfx942")
-    monkeypatch.setattr(jax, "local_devices", lambda *_, **__: [gpu])
-    assert "triton" in lowered("rocm").as_text()
+@pytest.mark.parametrize(("platform", "capability"), [("cuda", "8.0"), ("cuda", "10.3"), ("rocm", "gfx942")])
+def test_gpus_that_it_serves(monkeypatch, platform, capability):
+    on_a_gpu(monkeypatch, capability)
+    assert "triton" in lowered(platform).as_text()
+
+
+def test_gpus_before_ampere_get_xlas_form(monkeypatch, caplog):
+    on_a_gpu(monkeypatch, "7.5")
+    with pytest.raises(NotImplementedError, match=r"7\.5, allowed are 8\.0"):
+        lowered("cuda")
+    x = jax.ShapeDtypeStruct((2, 7, 7, 24), jnp.float32)
+    text = jax.jit(lambda x: fake_quant(x, bits=3)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" not in text
+    assert "compute capability 7.5" in caplog.text
