@@ -18,6 +18,9 @@ from joint_step import joint_run
 from turns import FORMATS, Side, SideError
 
 KERNELS, XLA, EAGER, COMPILED = "kernels", "XLA", "PyTorch", "PyTorch compiled"
+STEPS_AT_ONCE = 20
+LOOPED, GRAPHS = f"{KERNELS}, {STEPS_AT_ONCE} steps a program", f"{COMPILED}, CUDA graphs"
+OURS = (KERNELS, LOOPED, XLA)
 PYTORCH = tuple(f"{EAGER} {name}" for name in FORMATS)
 COLUMNS = (
     *("network", "batch", "precision", "side", "ms", "least_ms", "most_ms", "over_kernels", "device_ms", "launches"),
@@ -53,6 +56,7 @@ TORCH = (*PYTORCH, COMPILED)
 JOBS = (
     Job("resnet20_cifar10", 16, "tf32", (KERNELS, XLA, *TORCH)),
     Job("resnet18", 16, "tf32", (KERNELS, XLA, *TORCH)),
+    Job("resnet20_cifar10", 16, "tf32", (KERNELS, LOOPED, GRAPHS)),
     Job("resnet20_cifar100", 200, "tf32", (KERNELS, *TORCH)),
     Job("mobilenetv2_w1", 16, "tf32", (KERNELS, *TORCH)),
     Job("resnet50", 16, "tf32", (KERNELS, *TORCH)),
@@ -60,6 +64,7 @@ JOBS = (
     Job("resnet20_cifar100", 200, "tf32", (KERNELS, XLA)),
     Job("mobilenetv2_w1", 16, "tf32", (KERNELS, XLA)),
     Job("resnet50", 16, "tf32", (KERNELS, XLA)),
+    Job("resnet18", 16, "tf32", (KERNELS, LOOPED, GRAPHS)),
     Job("resnet18", 16, "float32", (KERNELS, *PYTORCH)),
     Job("resnet20_cifar10", 16, "float32", (KERNELS, *PYTORCH)),
 )
@@ -71,7 +76,8 @@ def run(context: Context) -> None:
     operations = context.table(
         "operations", *("network", "batch", "precision", "side", "kind", "operation", "calls", "us")
     )
-    jobs = [Job("resnet20_cifar10", 2, "tf32", (KERNELS, PYTORCH[0], COMPILED))] if context.rehearsal else JOBS
+    rehearsed = Job("resnet20_cifar10", 2, "tf32", (KERNELS, LOOPED, PYTORCH[0], COMPILED, GRAPHS))
+    jobs = [rehearsed] if context.rehearsal else JOBS
     if chosen := context.options.networks:
         jobs = [job for job in jobs if {job.network, f"{job.network}@{job.batch}"} & set(chosen)]
     for job in jobs:
@@ -98,13 +104,14 @@ def _measure(job, context, steps, operations):
 
     try:
         for name in job.sides:
-            if name != XLA:
+            if name not in OURS[1:]:
                 start(name)
-        for name in sorted(job.sides, key=(KERNELS, XLA, *TORCH).index):
-            if name == XLA:  # after the kernels' side, lest each disturbs what the other tries out
+        for name in sorted(job.sides, key=(*OURS, *TORCH, GRAPHS).index):
+            if name in OURS[1:]:  # after the kernels' side, lest each disturbs what the other tries out
                 start(name)
             try:
-                patience = min(context.left - 25, PATIENCE - (time.monotonic() - begun))
+                patience = PATIENCE - (time.monotonic() - begun)
+                patience = context.left - 25 if context.rehearsal else min(context.left - 25, patience)
                 sides[name].wait(max(1.0, patience))
                 prepared[name] = time.monotonic() - begun
             except SideError as error:
@@ -140,27 +147,19 @@ def _measure(job, context, steps, operations):
 
 def prepare(side: str, job: Job, rehearsal: bool):
     """Of a side, in its own process: a function that measures a ``"round"`` or its ``"details"``."""
-    take, wait, details = (_ours if side in (KERNELS, XLA) else _pytorch)(side, job, rehearsal)
-    for _ in range(1 if rehearsal else 5):
-        take()
-    wait()
-    start = time.perf_counter()
-    for _ in range(1 if rehearsal else 5):
-        take()
-    wait()
-    each = (time.perf_counter() - start) / 5
-    steps = 1 if rehearsal else max(5, int(ROUND_SECONDS / each))
+    take, wait, details, at_once = (_ours if side in OURS else _pytorch)(side, job, rehearsal)
 
-    def measure(what):
-        if what == "details":
-            return details()
+    def timed(takes):
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(takes):
             take()
         wait()
-        return (time.perf_counter() - start) / steps
+        return (time.perf_counter() - start) / (takes * at_once)
 
-    return measure
+    few = 1 if rehearsal else 5
+    timed(few)
+    takes = 1 if rehearsal else max(few, int(ROUND_SECONDS / timed(few) / at_once))
+    return lambda what: details() if what == "details" else timed(takes)
 
 
 def _ours(side, job, rehearsal):
@@ -170,10 +169,11 @@ def _ours(side, job, rehearsal):
 
     impl = "xla" if side == XLA else "pallas_interpret" if rehearsal else "auto"
     run = joint_run(job.network, job.batch, impl, job.precision)
-    program = run.compiled(warmup=False)
+    at_once = 1 if side != LOOPED else 2 if rehearsal else STEPS_AT_ONCE
+    program = run.compiled(warmup=False, steps=at_once)
 
     def take():
-        run.advance(warmup=False)
+        run.advance(warmup=False, steps=at_once)
 
     def wait():
         jax.block_until_ready(run.state)
@@ -191,9 +191,12 @@ def _ours(side, job, rehearsal):
         cost = program.cost_analysis()
         return {"gflop": (cost[0] if isinstance(cost, list) else cost)["flops"] / 1e9}
 
+    def moved():
+        return {"moved_gb": moved_bytes(program.as_text()) / 1e9}
+
     def details():
         found: dict[str, float] = {}
-        for figures in (memory, work, lambda: {"moved_gb": moved_bytes(program.as_text()) / 1e9}):
+        for figures in (memory,) if at_once > 1 else (memory, work, moved):  # a loop's are counted once or not at all
             try:
                 found |= figures()
             except Exception as error:  # not every version of XLA tells
@@ -204,10 +207,10 @@ def _ours(side, job, rehearsal):
                 take()
             wait()
 
-        times, launches = _of_events(traced(some))
+        times, launches = _of_events(traced(some), TRACED * at_once)
         return found | times, launches
 
-    return take, wait, details
+    return take, wait, details, at_once
 
 
 def _pytorch(side, job, rehearsal):
@@ -219,7 +222,7 @@ def _pytorch(side, job, rehearsal):
     torch.set_float32_matmul_precision("highest" if precise else "high")
     torch.backends.cudnn.allow_tf32 = not precise
     torch.backends.cudnn.benchmark = True
-    compiled = side == COMPILED
+    compiled = {COMPILED: True, GRAPHS: "reduce-overhead"}.get(side, False)
     if compiled and hasattr(os, "sched_setaffinity") and not rehearsal:
         cores = sorted(os.sched_getaffinity(0))  # half of them, so that it leaves the others in peace as it compiles
         os.sched_setaffinity(0, cores[len(cores) // 2 :])
@@ -246,10 +249,10 @@ def _pytorch(side, job, rehearsal):
             for event in profile.events()
             if device == "cpu" or (event.device_type == torch.autograd.DeviceType.CUDA and event.name != "Context Sync")
         ]
-        times, launches = _of_events(events)
+        times, launches = _of_events(events, TRACED)
         return found | times, launches
 
-    return take, wait, details
+    return take, wait, details, 1
 
 
 def kind_of(name: str) -> str:
@@ -257,18 +260,18 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), "other")
 
 
-def _of_events(events):
+def _of_events(events, steps):
     """Times a step, and the launches, by kind and the costliest by name."""
     by_name, by_kind = defaultdict(list), defaultdict(list)
     for event in events:
         by_name[event.name].append(event.seconds)
         by_kind[kind_of(event.name)].append(event.seconds)
     launches = [
-        {"kind": kind, "operation": name[:160], "calls": len(times) / TRACED, "us": 1e6 * sum(times) / TRACED}
+        {"kind": kind, "operation": name[:160], "calls": len(times) / steps, "us": 1e6 * sum(times) / steps}
         for names in (((kind, "all", times) for kind, times in by_kind.items()), _costliest(by_name))
         for kind, name, times in names
     ]
-    return {"device_ms": 1e3 * busy_seconds(events) / TRACED, "launches": len(events) / TRACED}, launches
+    return {"device_ms": 1e3 * busy_seconds(events) / steps, "launches": len(events) / steps}, launches
 
 
 def _costliest(by_name):

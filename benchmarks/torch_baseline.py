@@ -171,7 +171,7 @@ class JointStep:
     """One GranQ step after another.
 
     ``weights`` are the teacher's state dict, random ones by default; ``compiled`` has ``torch.compile`` make one
-    program of everything up to the generator's loss, and one of the student's.
+    program of everything up to the generator's loss, and one of the student's; it may name a mode of it.
     """
 
     def __init__(
@@ -206,8 +206,10 @@ class JointStep:
         self.student_optimizer = torch.optim.SGD(
             self.student.parameters(), lr=self.settings.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
+        self.compiled = bool(compiled)
         self.for_generator, self.for_student = (
-            torch.compile(loss) if compiled else loss for loss in (self._for_generator, self._for_student)
+            torch.compile(loss, mode=None if compiled is True else compiled) if compiled else loss
+            for loss in (self._for_generator, self._for_student)
         )
 
     def _placed(self, module):
@@ -240,6 +242,8 @@ class JointStep:
 
     def __call__(self, warmup=False):
         """Takes a step, in the warm-up of the generator alone; returns its losses, which stay on the device."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the step before is read any more
         z = torch.randn(self.batch, self.latent, device=self.device)
         labels = torch.randint(0, self.classes, (self.batch,), device=self.device)
         self.student.requires_grad_(False)  # a compiled backward pass would compute those gradients as well

@@ -52,6 +52,50 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(case, x64):
         np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
 
 
+DEPTHWISE = {
+    "same": ((3, 7, 9, 5), (3, 3), (1, 1), "SAME"),
+    "strides over an odd image": ((2, 9, 7, 5), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "strides over an even image": ((3, 8, 6, 4), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "strides that differ": ((2, 8, 9, 4), (3, 3), (3, 1), "VALID"),
+    "lopsided": ((2, 6, 5, 3), (2, 5), (1, 1), ((1, 0), (0, 3))),
+    "padded beyond the kernel": ((2, 4, 5, 3), (3, 3), (1, 1), ((3, 4), (0, 5))),
+    "one pixel": ((2, 1, 1, 3), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "1x1": ((2, 4, 3, 3), (1, 1), (1, 1), "VALID"),
+    "cropped": ((2, 6, 7, 3), (3, 3), (1, 1), ((-1, 1), (1, -1))),
+    "smaller than the window": ((2, 2, 7, 3), (3, 3), (1, 1), "VALID"),
+    "no samples": ((0, 6, 7, 3), (3, 3), (1, 1), "SAME"),
+    "two features of each channel": ((2, 6, 7, 3), (3, 3), (1, 1), "SAME", 2),
+}
+
+
+@pytest.mark.parametrize("case", DEPTHWISE)
+def test_depthwise_values_and_gradients_are_those_of_the_plain_convolution(case, x64):
+    shape, window, strides, padding, *features = DEPTHWISE[case]
+    rng = np.random.default_rng(0)
+    channels = shape[-1]
+    x, kernel = (jnp.asarray(rng.normal(size=s)) for s in (shape, (*window, 1, channels * sum(features or [1]))))
+    options = {"dimension_numbers": NHWC, "feature_group_count": channels}
+    outputs = [
+        jax.vjp(lambda x, kernel, form=form: form(x, kernel, strides, padding, **options), x, kernel)
+        for form in (lax.conv_general_dilated, convolve)
+    ]
+    (plain, pull_plain), (ours, pull) = outputs
+    np.testing.assert_allclose(ours, plain, rtol=1e-10, atol=1e-10)
+    cotangent = jnp.asarray(rng.normal(size=plain.shape))
+    for got, expected in zip(pull(cotangent), pull_plain(cotangent), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_depthwise_convolution_on_cpus_is_none_of_xlas():
+    def step(x, kernel):
+        y, pull = jax.vjp(lambda x, k: convolve(x, k, (1, 1), "SAME", feature_group_count=4), x, kernel)
+        return pull(y)
+
+    arguments = jnp.ones((2, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
+    assert "stablehlo.convolution" not in jax.jit(step).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.convolution" in jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(
     ("options", "kernel_shape"),
     [
