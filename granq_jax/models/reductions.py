@@ -45,9 +45,7 @@ def channel_sums(x: jax.Array) -> jax.Array:
     axes = tuple(range(x.ndim - 1))
     if (groups := _groups(x)) == 1:
         return jnp.sum(x, axes)
-    return by_platform(
-        x, cpu=partial(jnp.sum, axis=axes), default=lambda x: _in_two_stages(x, groups).astype(x.dtype)
-    )
+    return by_platform(x, cpu=partial(jnp.sum, axis=axes), default=lambda x: _in_two_stages(x, groups).astype(x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
