@@ -315,7 +315,8 @@ def test_several_steps_in_a_program_are_those_one_by_one(warmup, teacher, x64):
     last = together.advance(warmup, steps=3)
     assert together.step == int(together.state.step) == 3
     chex.assert_trees_all_close(jax.device_get(last), jax.device_get(metrics), rtol=1e-9)
-    chex.assert_trees_all_close(jax.device_get(together.state), jax.device_get(one_by_one.state), rtol=1e-9, atol=1e-12)
+    # Biases before a batch norm have gradients of nothing but rounding, which Adam enlarges.
+    chex.assert_trees_all_close(jax.device_get(together.state), jax.device_get(one_by_one.state), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

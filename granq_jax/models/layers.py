@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from granq_jax.models.convolution import convolve
-from granq_jax.models.reductions import channel_means
+from granq_jax.models.reductions import channel_means, over_pixels
 
 NORM_EPSILON = 1e-5
 ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}
@@ -38,6 +38,24 @@ class Activation(nn.Module):
         return ACTIVATIONS[self.kind](x)
 
 
+class FrozenBatchNorm(nn.BatchNorm):
+    """``flax.linen.BatchNorm`` by its running averages, with gradients that are summed as GPUs do it well."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # nothing to choose, nothing masked
+        """(N, ..., C), normalised by channel."""
+        params, statistics = self.variables["params"], self.variables["batch_stats"]
+        factor = jax.lax.rsqrt(statistics["var"] + self.epsilon) * params["scale"]
+        dtype = jnp.result_type(x, params["scale"], params["bias"])
+        return frozen_norm(x, statistics["mean"], factor, params["bias"]).astype(dtype)
+
+
+def frozen_norm(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
+    """``(x - mean) * factor + bias`` of ``x`` (N, ..., C) and numbers (C,)."""
+    dtype = jnp.result_type(x, mean, factor, bias)  # in which gradients are summed
+    mean, factor, bias = (over_pixels(number.astype(dtype), x.shape) for number in (mean, factor, bias))
+    return (x - mean) * factor + bias
+
+
 class NormAct(nn.Module):
     """Batch norm, then an optional residual sum, then an optional activation: one neutral unit.
 
@@ -50,7 +68,8 @@ class NormAct(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array | None = None, *, train: bool) -> jax.Array:
         """``activation(norm(x) + residual)``, all (N, H, W, C)."""
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=NORM_EPSILON, name="bn")(x)
+        norm = nn.BatchNorm if train or self.is_initializing() else FrozenBatchNorm
+        x = norm(use_running_average=not train, momentum=0.9, epsilon=NORM_EPSILON, name="bn")(x)
         if residual is not None:
             x = x + residual
         return x if self.activation is None else Activation(self.activation, name="act")(x)

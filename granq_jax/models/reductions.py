@@ -1,8 +1,9 @@
 """Sums over all axes but the channels, which are last, and numbers a channel whose gradients are such sums.
 
-XLA for GPUs sums a few thousand pixels in one block of threads, whatever the number of channels: on an H200, 26 us
-for 4096 pixels of 32 channels, and ten times that where what is summed is computed from five arrays. In two stages
-many blocks take part in the first, and each of the two takes about 2 us.
+XLA for GPUs sums a few thousand pixels in one block of threads or two: on an H200, 26 us for 4096 pixels of 32
+channels, and up to ten times that where what is summed is computed from several arrays. In two stages many blocks take
+part in the first. ResNet-20's joint step of batch 16 spent 2.0 ms of the device's time in reductions before, and 1.2
+after, on a card that other programs used too.
 """
 
 from __future__ import annotations

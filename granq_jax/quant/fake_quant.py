@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.checks import check_choice
-from granq_jax.models.layers import ACTIVATIONS
-from granq_jax.models.reductions import over_pixels
+from granq_jax.models.layers import ACTIVATIONS, frozen_norm
 from granq_jax.quant.affine import (
     affine,
     affine_codes,
@@ -121,8 +120,7 @@ def _before(x, norm, residual, activation):
     """What comes before the quantizer, in the arithmetic of the layers that it stands for."""
     dtype = x.dtype
     if norm is not None:
-        mean, factor, bias = (over_pixels(number, x.shape) for number in norm)
-        x = ((x - mean) * factor + bias).astype(dtype)
+        x = frozen_norm(x, *norm).astype(dtype)
     if residual is not None:
         x = x + residual
     return x if activation is None else ACTIVATIONS[activation](x)

@@ -1,9 +1,11 @@
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from granq_jax.models.layers import batch_moments, moments_of_all
+from granq_jax.models.layers import NORM_EPSILON, NormAct, batch_moments, moments_of_all
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -51,3 +53,22 @@ def test_moments_of_trees_keep_their_structure():
     assert jax.tree.map(lambda x: x[0].tolist(), means) == {"a": [1, 1], "b": ([2, 2, 2],)}
     # Variances 1 and 3, or 0 and 2, and means that lie 1 from their own mean.
     assert jax.tree.map(lambda x: x[1].tolist(), variances) == {"a": [3, 3], "b": ([2, 2, 2],)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_a_frozen_norm_and_its_gradients_are_those_of_flax(dtype, x64):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 20, 20, 3)), dtype)
+    ours, of_flax = NormAct(None), nn.BatchNorm(use_running_average=True, epsilon=NORM_EPSILON)
+    variables = jax.tree.map(lambda a: a + 0.37, ours.init(jax.random.key(0), x, train=False))
+
+    def loss(apply):
+        def of(params, x):
+            y = apply({**variables, "params": params}, x)
+            return jnp.sum(jnp.sin(y.astype(jnp.float64))), y
+
+        return jax.grad(of, (0, 1), has_aux=True)(variables["params"], x)
+
+    got = loss(lambda variables, x: ours.apply(variables, x, train=False))
+    wanted = loss(lambda variables, x: of_flax.apply({name: part["bn"] for name, part in variables.items()}, x))
+    chex.assert_trees_all_equal_dtypes(got, wanted)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-6 if dtype != jnp.bfloat16 else 1e-2)
