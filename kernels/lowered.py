@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -22,8 +23,24 @@ class NoKernelError(ValueError):
     """A kernel was asked for, and cannot be lowered."""
 
 
+class _SlowerError(Exception):
+    """A kernel was not asked for, and is slower than the form it would take the place of."""
+
+
+_form_will_do: ContextVar[bool] = ContextVar("form_will_do", default=False)
+
+
+def give_way_unless(faster: bool) -> None:
+    """To be called by a kernel when it is traced: if it is not faster than its other form, that takes its place.
+
+    Nothing happens where the kernel is required, or is called by itself.
+    """
+    if _form_will_do.get() and not faster:
+        raise _SlowerError
+
+
 def kernel_or(form: Callable[..., Any], kernel: Callable[..., Any], *operands: Any, required: bool = False) -> Any:
-    """``kernel(*operands)`` in programs for GPUs, where it can be lowered; else ``form(*operands)``.
+    """``kernel(*operands)`` in programs for GPUs, where it can be lowered and does not give way; else ``form(*operands)``.
 
     Both return arrays of the same shapes and dtypes. Derivatives are those of ``form``.
 
@@ -78,6 +95,7 @@ def _lowered_form(context, *leaves, form, kernel, required):
 
 
 def _lowered_kernel(context, *leaves, form, kernel, required, platform):
+    token = _form_will_do.set(not required)
     try:
         from granq_jax.kernels import backend
 
@@ -85,11 +103,15 @@ def _lowered_kernel(context, *leaves, form, kernel, required, platform):
         avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
         with backend.lowering(platform):
             return mlir.lower_fun(kernel)(context.replace(avals_in=avals), *leaves)
+    except _SlowerError:
+        pass
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         if required:
             raise NoKernelError(_refusal(why)) from error
-    _note(why)
+        _note(why)
+    finally:
+        _form_will_do.reset(token)
     return mlir.lower_fun(form)(context, *leaves)
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from granq_jax.kernels import MIN_RANGE, backend
 from granq_jax.kernels.backend import BlockSpec, launch
-from granq_jax.kernels.tiles import UNROLLED, Tiling, power_of_two_above
+from granq_jax.kernels.lowered import give_way_unless
+from granq_jax.kernels.tiles import UNROLLED, Tiling, faster, power_of_two_above
 
 RANGES_NAME = "ranges_of_parts"
 _NO_FRACTION = 1.5 * 2.0**23  # a float32 of this size has none: what is added to it is rounded, half to even
@@ -196,10 +197,10 @@ class Task:
 
     def read(self, block: Block, refs: Sequence[Any]) -> Callable[[list[Place]], list[jax.Array]]:
         """A function of places that gives the values there; it loads all of them before it computes."""
+        rows = [block.load_row(ref, i) for ref in refs[self.maps :] for i in range(ref.shape[0])]
 
         def values(places):
             tiles = [[place.load(ref) for ref in refs[: self.maps]] for place in places]
-            rows = [block.load_row(ref, i) for ref in refs[self.maps :] for i in range(ref.shape[0])]
             return [self.before(of_place, rows) for of_place in tiles]
 
         return values
@@ -218,7 +219,8 @@ def quantized(task: Task, maps: Sequence[jax.Array], rows: Sequence[jax.Array], 
       An array (N, pixels, channels) of that dtype, or int8, and scales and zero points, (N, channels) float32.
     """
     tiling = task.tiling
-    samples, _, channels = maps[0].shape
+    samples, pixels, channels = maps[0].shape
+    give_way_unless(faster(task.name, pixels, maps[0].dtype.itemsize))
     row_specs = [BlockSpec((array.shape[0], tiling.columns), lambda block, part, n: (0, block)) for array in rows]
     grid = tiling.blocks, tiling.parts, samples  # the first of them in turn first: blocks share the lines of memory
     map_shape = (None, tiling.padded_pixels, tiling.columns)
