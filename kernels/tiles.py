@@ -31,6 +31,7 @@ HELD_WARPS = 16
 SPLIT_WARPS = 8
 SPLIT_PIXELS = 4.0  # a part has this times the square root of a map's pixels: its range is read again for each part
 AIM_PROGRAMS = 256  # two for each multiprocessor of a large GPU
+FEW_PROGRAMS = 64  # so few are worth rows of a single vector: such arrays are small and lie in the cache
 
 # Where a kernel beats XLA's form: from and up to how many pixels of a map, by kernel and bytes an element that is read.
 # Elsewhere XLA's form needs but one launch (few pixels), or reads as often and as fast (many). Measured on an H200.
@@ -130,7 +131,8 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
     What was tuned for this machine's GPU (:func:`tuned`) comes first. Otherwise, by the constants of this module:
 
     - channels of a block: as many as a power of two divides and ``MAX_ROW_BYTES`` hold, halved while the programs are
-      fewer than ``AIM_PROGRAMS`` or hold more than ``HELD_ELEMENTS``, but no fewer than ``MIN_ROW_BYTES`` hold;
+      fewer than ``AIM_PROGRAMS`` or hold more than ``HELD_ELEMENTS``, but no fewer than ``MIN_ROW_BYTES`` hold, or
+      a vector if the programs are fewer than ``FEW_PROGRAMS``;
     - threads: one for ``HELD_A_THREAD`` elements, at most ``HELD_WARPS`` warps;
     - if ``HELD_ELEMENTS`` are too few for that: parts of ``SPLIT_PIXELS * sqrt(pixels)`` pixels, ``SPLIT_WARPS`` warps.
 
@@ -152,12 +154,13 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
     if found := tuned().get(f"{samples}x{pixels}x{channels}x{itemsize}x{written}"):
         return Tiling(pixels, channels, *found, vector=vector)
     dividing = channels & -channels
-    least = MIN_ROW_BYTES // itemsize
-    widest = dividing if dividing >= min(least, channels) else power_of_two_above(channels)
-    widest = min(widest, MAX_ROW_BYTES // itemsize)
+    widest = dividing if dividing >= min(vector, channels) else power_of_two_above(channels)
+    widest, least = min(widest, MAX_ROW_BYTES // itemsize), MIN_ROW_BYTES // itemsize
 
     columns = widest
     while columns > least and (_programs(samples, channels, columns) < AIM_PROGRAMS or columns * pixels > HELD_ELEMENTS):
+        columns //= 2
+    while columns > vector and _programs(samples, channels, columns) < FEW_PROGRAMS:
         columns //= 2
     if columns * pixels <= HELD_ELEMENTS:
         threads = max(WARP, power_of_two_above(columns * pixels // HELD_A_THREAD))
