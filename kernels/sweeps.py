@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from granq_jax.kernels import MIN_RANGE, backend
 from granq_jax.kernels.backend import BlockSpec, launch
 from granq_jax.kernels.lowered import give_way_unless
-from granq_jax.kernels.tiles import UNROLLED, Tiling, faster, power_of_two_above
+from granq_jax.kernels.tiles import Tiling, faster, power_of_two_above
 
 RANGES_NAME = "ranges_of_parts"
 _NO_FRACTION = 1.5 * 2.0**23  # a float32 of this size has none: what is added to it is rounded, half to even
@@ -116,12 +116,13 @@ class Block:
     def sweep(self, visit: Callable[[list[Place], Any], Any], carry: Any) -> Any:
         """Calls ``visit`` with some tiles and what it returned last, until all were visited."""
 
-        def some(i, carry):
-            return visit([self.place(i * UNROLLED + tile) for tile in range(UNROLLED)], carry)
+        together, loops, tiles = self.tiling.together, self.tiling.loops, self.tiling.tiles
 
-        loops, tiles = self.tiling.loops, self.tiling.tiles
+        def some(i, carry):
+            return visit([self.place(i * together + tile) for tile in range(together)], carry)
+
         carry = jax.lax.fori_loop(0, loops, some, carry) if loops else carry
-        return visit([self.place(tile) for tile in range(loops * UNROLLED, tiles)], carry)
+        return visit([self.place(tile) for tile in range(loops * together, tiles)], carry)
 
     def widened(self, place: Place, values: jax.Array, ranges: Ranges) -> Ranges:
         """The least and greatest value at each place of a tile, with one tile more; NaN counts as infinity."""

@@ -20,7 +20,6 @@ import platformdirs
 
 VECTOR_BYTES = 16  # the widest load of one thread
 WARP = 32
-UNROLLED = 16  # tiles that a program takes without a loop, and tiles that a loop takes at a time
 
 # The table of choices.
 MAX_ROW_BYTES = 128  # of a pixel's channels in a block
@@ -30,6 +29,7 @@ HELD_A_THREAD = 16  # ... and how many of them each thread should
 HELD_WARPS = 16
 SPLIT_WARPS = 8
 SPLIT_PIXELS = 4.0  # a part has this times the square root of a map's pixels: its range is read again for each part
+UNROLLED = 32  # elements of a part that a thread holds at a time
 AIM_PROGRAMS = 256  # two for each multiprocessor of a large GPU
 FEW_PROGRAMS = 64  # so few are worth rows of a single vector: such arrays are small and lie in the cache
 
@@ -115,9 +115,15 @@ class Tiling:
         return (self.pixels - 1) % self.tile_rows + 1
 
     @property
+    def together(self) -> int:
+        """Tiles that a program holds at a time: all, or of a part what ``UNROLLED`` allows."""
+        most = max(1, UNROLLED // self.vector) if self.rows else self.tiles
+        return -(-self.tiles // -(-self.tiles // most))
+
+    @property
     def loops(self) -> int:
-        """Rounds of a loop over ``UNROLLED`` tiles, where there are more than these; what is left follows it."""
-        return self.tiles // UNROLLED if self.tiles > UNROLLED and self.rows else 0
+        """Rounds of a loop over so many tiles, where there are more; what is left follows it."""
+        return self.tiles // self.together if self.together < self.tiles else 0
 
     @property
     def padded_pixels(self) -> int:

@@ -67,8 +67,8 @@ class StepRow:
 
 def step_row(config: str, gpu: str, count: int = 1) -> StepRow:
     """Compiles the joint step of a config twice."""
-    lowered = {impl: _lowered(config, gpu, count, impl) for impl in ("auto", "xla")}
-    programs: list[Program] = [compiled(lowered[impl]) for impl in ("auto", "xla")]
+    lowered = {impl: _lowered(config, gpu, count, impl) for impl in ("pallas", "xla")}
+    programs: list[Program] = [compiled(lowered[impl]) for impl in ("pallas", "xla")]
     kernels, xla = (sites(program.hlo, sample_channel.NAME) for program in programs)
     ours, theirs = programs
     return StepRow(

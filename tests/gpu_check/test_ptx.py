@@ -34,12 +34,12 @@ ptxas info    : Used 40 registers"""
 
 def test_what_a_kernel_moves(monkeypatch):
     monkeypatch.setattr(ptx, "_assemble", lambda text: LOG)
-    tiling = Tiling(pixels=56, channels=24, columns=8, warps=2, rows=16)  # three loops and a tile of 8
+    tiling = Tiling(pixels=784, channels=24, columns=8, warps=2, rows=272)  # 17 tiles of 16 pixels: two loops of six and five
     kernel = inspect(Program("", PTX, LAUNCHES, 0), tiling)
     programs, threads = 6, 64
-    assert kernel.reads == {16: programs * threads * 16 * 3, 8: programs * threads * 8}
+    assert kernel.reads == {16: programs * threads * 16 * 2, 8: programs * threads * 8}
     assert kernel.writes == {16: programs * threads * 16, 4: programs * tiling.columns * 4}
-    assert kernel.moved_bytes == programs * (threads * (48 + 8 + 16) + 32)
+    assert kernel.moved_bytes == programs * (threads * (32 + 8 + 16) + 32)
     assert (kernel.registers, kernel.spilled_bytes, kernel.shared_bytes, kernel.tests_nan) == (40, 12, 512, True)
     faults = " ".join(Row(Case("fake_quant", (2, 8, 7, 24), "float32"), "h100", kernel).faults)
     assert "12 bytes spilled" in faults
@@ -58,7 +58,7 @@ def test_cases_are_those_of_the_networks():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the gpu-check extra")
 def test_a_kernel_that_pads_is_found_out():
-    """49 pixels in a tile of 64: what the tiles avoid, and the check must see."""
+    """49 pixels in tiles of 4 without a mask: what the check must see."""
     script = """
 import dataclasses, jax
 jax.config.update("jax_platforms", "cpu")

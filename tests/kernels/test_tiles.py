@@ -28,7 +28,8 @@ def assert_covers(found, pixels, channels):
     assert (found.parts - 1) * of_a_part < pixels <= found.parts * of_a_part
     if found.rows:
         assert found.padded_pixels == found.rows
-    assert 0 <= found.tiles - found.loops * tiles.UNROLLED <= tiles.UNROLLED or not found.rows
+    assert 0 <= found.tiles - found.loops * found.together <= found.together
+    assert not found.loops or found.together * found.vector <= tiles.UNROLLED
     assert (pixels - found.last_rows) % found.tile_rows == 0
     assert 1 <= found.last_rows <= found.tile_rows
 
