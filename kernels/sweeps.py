@@ -115,7 +115,6 @@ class Block:
 
     def sweep(self, visit: Callable[[list[Place], Any], Any], carry: Any) -> Any:
         """Calls ``visit`` with some tiles and what it returned last, until all were visited."""
-
         together, loops, tiles = self.tiling.together, self.tiling.loops, self.tiling.tiles
 
         def some(i, carry):

@@ -1,11 +1,11 @@
-"""How the kernels cut an array (N, pixels, channels): one program a sample, a block of channels and, of large maps, a part.
+"""How the kernels cut an array (N, pixels, channels): a program takes a sample, a block of channels and perhaps a part.
 
 All tiles of a program are of one size, a vector of 16 bytes a thread: what every thread loads is then a piece of its
 warp's piece, however wide the types are that are read and written. The last tile of a map is masked where it reaches
 past the end, and no memory is asked for what is masked.
 
-A program holds its channel maps in registers and reads memory once, where rows of a sector allow so; of larger maps one
-launch takes the ranges of parts and a second one quantizes, for programs that sweep a map twice are too few and too slow.
+A program holds its channel maps in registers and reads memory once, where rows of a sector allow so. Of larger maps one
+launch takes the ranges of parts and a second one quantizes: programs that sweep over whole maps are too few to be fast.
 """
 
 from __future__ import annotations
@@ -164,16 +164,16 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
     widest, least = min(widest, MAX_ROW_BYTES // itemsize), MIN_ROW_BYTES // itemsize
 
     columns = widest
-    while columns > least and (_programs(samples, channels, columns) < AIM_PROGRAMS or columns * pixels > HELD_ELEMENTS):
+    while columns > least and (columns * pixels > HELD_ELEMENTS or samples * -(-channels // columns) < AIM_PROGRAMS):
         columns //= 2
-    while columns > vector and _programs(samples, channels, columns) < FEW_PROGRAMS:
+    while columns > vector and samples * -(-channels // columns) < FEW_PROGRAMS:
         columns //= 2
     if columns * pixels <= HELD_ELEMENTS:
         threads = max(WARP, power_of_two_above(columns * pixels // HELD_A_THREAD))
         return Tiling(pixels, channels, columns, min(HELD_WARPS, threads // WARP), vector=vector)
 
     columns, parts = widest, max(1, round(math.sqrt(pixels) / SPLIT_PIXELS))
-    while columns > least and _programs(samples, channels, columns) * parts < AIM_PROGRAMS:
+    while columns > least and samples * parts * -(-channels // columns) < AIM_PROGRAMS:
         columns //= 2
     tile = WARP * SPLIT_WARPS * vector // columns
     return Tiling(pixels, channels, columns, SPLIT_WARPS, rows=-(-pixels // (parts * tile)) * tile, vector=vector)
@@ -193,10 +193,6 @@ def faster(kernel: str, pixels: int, itemsize: int) -> bool:
     """
     least, most = FASTER[kernel, itemsize]
     return least <= pixels <= most
-
-
-def _programs(samples: int, channels: int, columns: int) -> int:
-    return samples * -(-channels // columns)
 
 
 def power_of_two_above(n: int) -> int:

@@ -98,11 +98,11 @@ class Case:
 
     @property
     def regular(self) -> bool:
-        """Whether every thread has a vector of all tiles, but for the last of a map, that is of channels of the array."""
+        """Whether every thread has a vector, of channels of the array, in all tiles but the last of a map."""
         tiles, (_, pixels, channels) = self.tiling, self.array
         whole = tiles.tile_rows * tiles.columns == tiles.threads * tiles.vector and not tiles.ragged
         # Predicates of stores of single numbers and of masked codes, and of masks in every tile, look alike.
-        told_apart = pixels % (tiles.rows or tiles.tile_rows) == 0 or self.what != "quantize" and not tiles.rows
+        told_apart = pixels % (tiles.rows or tiles.tile_rows) == 0 or (self.what != "quantize" and not tiles.rows)
         return whole and tiles.columns >= tiles.vector and channels % tiles.vector == 0 and told_apart
 
     def function(self) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
@@ -163,7 +163,7 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        """Whether all that moves is counted, memory is read once, and no norm is read, which each thread does by itself."""
+        """Whether memory is read once, and no norm, which every thread reads by itself and from the nearest cache."""
         return self.case.regular and not self.case.tiling.rows and not self.case.norm
 
 
