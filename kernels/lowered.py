@@ -40,7 +40,7 @@ def give_way_unless(faster: bool) -> None:
 
 
 def kernel_or(form: Callable[..., Any], kernel: Callable[..., Any], *operands: Any, required: bool = False) -> Any:
-    """``kernel(*operands)`` in programs for GPUs, where it can be lowered, unless it gives way; else ``form(*operands)``.
+    """``kernel(*operands)`` in programs for GPUs, where it can be lowered, unless it gives way; else ``form`` of them.
 
     Both return arrays of the same shapes and dtypes. Derivatives are those of ``form``.
 

@@ -34,7 +34,8 @@ AIM_PROGRAMS = 256  # two for each multiprocessor of a large GPU
 FEW_PROGRAMS = 64  # so few are worth rows of a single vector: such arrays are small and lie in the cache
 
 # Where a kernel beats XLA's form: from and up to how many pixels of a map, by kernel and bytes an element that is read.
-# Elsewhere XLA's form needs but one launch (few pixels), or reads as often and as fast (many). Measured on an H200.
+# Elsewhere XLA's form needs but one launch (few pixels), or reads as often and as fast (many). These are what an earlier
+# form of the kernels, with more work an element, was measured to win on an H200.
 FASTER = {
     ("fake_quant_sample_channel", 4): (16, 1024),
     ("fake_quant_sample_channel", 2): (16, 1024),
