@@ -6,14 +6,12 @@ The way back needs no kernel: XLA fuses it into one read and one write by itself
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from granq_jax.kernels import MIN_RANGE
-from granq_jax.kernels.sweeps import Block
-from granq_jax.kernels.tiles import Tiling, tiling
-from granq_jax.kernels.triton import BlockSpec, launch
+from granq_jax.kernels.sweeps import Task, quantized
+from granq_jax.kernels.tiles import tiling
 
 NAME = "quantize_sample_channel"
 
@@ -38,32 +36,11 @@ def quantize(x: jax.Array, bits: int, *, interpret: bool = False) -> tuple[jax.A
 
     Returns:
       int8 of the shape of ``x``, and twice float32 (N, 1, ..., 1, C). The scale of a channel that holds a NaN
-      is NaN, its codes are arbitrary.
+      or infinity is NaN, its codes are arbitrary.
     """
     samples, pixels, channels = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
     tiles = tiling(samples, pixels, channels, x.dtype.itemsize, written_itemsize=1)
-    block = BlockSpec((None, tiles.padded_pixels, tiles.columns), lambda sample, block: (sample, 0, block))
-    numbers = BlockSpec((None, tiles.columns), lambda sample, block: (sample, block))
-    by_channel = jax.ShapeDtypeStruct((samples, channels), jnp.float32)
-    codes, scale, zero = launch(
-        partial(_kernel, bits=bits, tiles=tiles),
-        name=NAME,
-        grid=(samples, tiles.blocks),
-        in_specs=[block],
-        out_specs=(block, numbers, numbers),
-        out_shape=(jax.ShapeDtypeStruct((samples, pixels, channels), jnp.int8), by_channel, by_channel),
-        warps=tiles.warps,
-        interpret=interpret,
-    )(x.reshape(samples, pixels, channels))
+    task = Task(NAME, tiles, bits, maps=1, before=lambda maps, rows: maps[0], integers=True)
+    codes, scale, zero = quantized(task, [x.reshape(samples, pixels, channels)], [], interpret=interpret)
     kept = (samples, *(1,) * (x.ndim - 2), channels)
     return codes.reshape(x.shape), scale.reshape(kept), zero.reshape(kept)
-
-
-def _kernel(x_ref, codes_ref, scale_ref, zero_ref, *, bits: int, tiles: Tiling):
-    def write(place, codes, scale, zero):
-        place.store(codes_ref, codes)
-
-    block = Block(tiles)
-    scale, zero = block.quantize(bits, lambda place: place.load(x_ref), write)
-    block.store_numbers(scale_ref, scale)
-    block.store_numbers(zero_ref, zero)

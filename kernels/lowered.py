@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -24,8 +25,24 @@ class NoKernelError(ValueError):
     """A kernel was asked for, and cannot be lowered."""
 
 
+class _SlowerError(Exception):
+    """A kernel was not asked for, and is slower than the form it would take the place of."""
+
+
+_form_will_do: ContextVar[bool] = ContextVar("form_will_do", default=False)
+
+
+def give_way_unless(faster: bool) -> None:
+    """To be called by a kernel when it is traced: if it is not faster than its other form, that takes its place.
+
+    Nothing happens where the kernel is required, or is called by itself.
+    """
+    if _form_will_do.get() and not faster:
+        raise _SlowerError
+
+
 def kernel_or(form: Callable[..., Any], kernel: Callable[..., Any], *operands: Any, required: bool = False) -> Any:
-    """``kernel(*operands)`` in programs for GPUs, where it can be lowered; else ``form(*operands)``.
+    """``kernel(*operands)`` in programs for GPUs, where it can be lowered, unless it gives way; else ``form`` of them.
 
     Both return arrays of the same shapes and dtypes. Derivatives are those of ``form``.
 
@@ -80,16 +97,21 @@ def _lowered_form(context, *leaves, form, kernel, required):
 
 
 def _lowered_kernel(context, *leaves, form, kernel, required):
+    token = _form_will_do.set(not required)
     try:
         # On one device's part: what it is a part of, of which avals know, is nothing to a kernel.
         avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
         with lowering():
             return mlir.lower_fun(kernel)(context.replace(avals_in=avals), *leaves)
+    except _SlowerError:
+        pass
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if required:
             raise NoKernelError(_refusal(why)) from error
         _say_once(type(error), why)
+    finally:
+        _form_will_do.reset(token)
     return mlir.lower_fun(form)(context, *leaves)
 
 

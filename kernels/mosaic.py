@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from granq_jax.kernels import MIN_RANGE
 from granq_jax.kernels.gpus import check_capability
-from granq_jax.kernels.tiles import SECTOR_BYTES, VECTOR_BYTES, WARP
+from granq_jax.kernels.tiles import MIN_ROW_BYTES, VECTOR_BYTES, WARP
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -40,7 +40,7 @@ def columns(pixels: int, channels: int, itemsize: int) -> int | None:
       (16, None, None)
     """
     vector = VECTOR_BYTES // itemsize
-    block = SECTOR_BYTES // itemsize
+    block = MIN_ROW_BYTES // itemsize
     while block < vector * WARP and channels % block == 0:
         if pixels * block >= _THREADS * vector:
             return block

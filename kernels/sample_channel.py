@@ -7,14 +7,12 @@ channel map fits in registers; see :mod:`granq_jax.kernels.tiles` for when it do
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from granq_jax.kernels import MIN_RANGE
-from granq_jax.kernels.sweeps import Block
-from granq_jax.kernels.tiles import Tiling, tiling
-from granq_jax.kernels.triton import BlockSpec, launch
+from granq_jax.kernels.sweeps import Task, quantized
+from granq_jax.kernels.tiles import tiling
 
 NAME = "fake_quant_sample_channel"
 
@@ -37,10 +35,11 @@ def reference(
         v = v + residual.astype(jnp.float32)
     v = activate(v, activation)
     low, high = jnp.min(v, axes, keepdims=True), jnp.max(v, axes, keepdims=True)
-    scale = (2**bits - 1) / jnp.maximum(high - low, MIN_RANGE)
+    width, levels = jnp.maximum(high - low, MIN_RANGE), 2**bits - 1
+    scale, step = levels / width, width * (1 / levels)
     zero = jnp.round(scale * low) + half
     codes = jnp.clip(jnp.round(scale * v - zero), -half, half - 1)
-    return ((codes + zero) / scale).astype(x.dtype)
+    return ((codes + zero) * step).astype(x.dtype)
 
 
 def fake_quant(
@@ -68,21 +67,20 @@ def fake_quant(
       An array of the shape and dtype of ``x``.
     """
     samples, pixels, channels = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
-    tiles = tiling(samples, pixels, channels, x.dtype.itemsize)
+
+    def before(maps, rows):
+        v, *residuals = maps
+        if rows:
+            factor, shift = rows
+            v = v * factor + shift
+        for summand in residuals:
+            v = v + summand
+        return activate(v, activation)
+
     maps = [x] if residual is None else [x, residual]
+    task = Task(name, tiling(samples, pixels, channels, x.dtype.itemsize), bits, len(maps), before)
     norms = [] if norm is None else [norm]
-    block = BlockSpec((None, tiles.padded_pixels, tiles.columns), lambda sample, block: (sample, 0, block))
-    pair = BlockSpec((tiles.pair_rows, tiles.columns), lambda sample, block: (0, block))
-    y = launch(
-        partial(_kernel, bits=bits, tiles=tiles, maps=len(maps), activation=activation),
-        name=name,
-        grid=(samples, tiles.blocks),
-        in_specs=[block] * len(maps) + [pair] * len(norms),
-        out_specs=block,
-        out_shape=jax.ShapeDtypeStruct((samples, pixels, channels), x.dtype),
-        warps=tiles.warps,
-        interpret=interpret,
-    )(*(a.reshape(samples, pixels, channels) for a in maps), *norms)
+    y = quantized(task, [a.reshape(samples, pixels, channels) for a in maps], norms, interpret=interpret)
     return y.reshape(x.shape)
 
 
@@ -93,23 +91,3 @@ def activate(v: jax.Array, activation: str | None) -> jax.Array:
     if activation == "relu6":
         v = jnp.where(v >= 6, 6.0, v)
     return v
-
-
-def _kernel(*refs, bits: int, tiles: Tiling, maps: int, activation: str | None):
-    *in_refs, y_ref = refs
-    x_ref, *residual_refs = in_refs[:maps]
-    block = Block(tiles)
-    norms = [block.load_pair(ref) for ref in in_refs[maps:]]
-
-    def read(place):
-        v = place.load(x_ref)
-        for factor, shift in norms:
-            v = v * factor[None, :] + shift[None, :]
-        for residual_ref in residual_refs:
-            v = v + place.load(residual_ref)
-        return activate(v, activation)
-
-    def write(place, codes, scale, zero):
-        place.store(y_ref, (codes + zero) / scale)
-
-    block.quantize(bits, read, write)

@@ -1,8 +1,11 @@
-"""How the kernels cut an array (N, pixels, channels) into tiles: one program a sample and a block of channels.
+"""How the kernels cut an array (N, pixels, channels): a program takes a sample, a block of channels and perhaps a part.
 
-Triton's tiles have powers of two as sizes, images have not: 7 x 7 pixels in a tile of 64 would ask the
-memory for a third more than there is. So the pixels of a block are cut into several tiles, 32 + 16 + 1 of 49,
-and a block of channels divides the channels wherever a power of two does.
+All tiles of a program are of one size, a vector of 16 bytes a thread: what every thread loads is then a piece of its
+warp's piece, however wide the types are that are read and written. The last tile of a map is masked where it reaches
+past the end, and no memory is asked for what is masked.
+
+A program holds its channel maps in registers and reads memory once, where rows of a sector allow so. Of larger maps one
+launch takes the ranges of parts and a second one quantizes: programs that sweep over whole maps are too few to be fast.
 """
 
 from __future__ import annotations
@@ -10,26 +13,38 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+import math
 from pathlib import Path
 
 import platformdirs
 
 VECTOR_BYTES = 16  # the widest load of one thread
-SECTOR_BYTES = 32  # what a GPU fetches at least
 WARP = 32
-MAX_WARPS = 16
-MAX_THREADS = WARP * MAX_WARPS
-# A program that holds more elements than this, 64 a thread, spills registers.
-MAX_ELEMENTS = 64 * MAX_THREADS
-# So many elements are enough for a program to keep its share of the memory's bandwidth busy ...
-AIM_ELEMENTS = MAX_ELEMENTS // 2
-# ... and so many programs to give each multiprocessor of a large GPU one.
-AIM_PROGRAMS = 128
-ELEMENTS_A_THREAD = 32
-ELEMENTS_A_THREAD_LOOPED = 16
-# A remainder is read with a mask, not in ever smaller tiles, where that costs no more than this share.
-NEGLIGIBLE = 1 / 64
+
+# The table of choices.
+MAX_ROW_BYTES = 128  # of a pixel's channels in a block that is held
+SPLIT_COLUMNS = 64  # channels of a block where maps are split
+MIN_ROW_BYTES = 32  # what a GPU fetches at least
+HELD_ELEMENTS = 16 * 1024  # that a program may hold ...
+HELD_A_THREAD = 16  # ... and how many of them each thread should
+HELD_WARPS = 16
+SPLIT_WARPS = 8
+SPLIT_PIXELS = 4.0  # a part has this times the square root of a map's pixels: its range is read again for each part
+UNROLLED = 32  # elements of a part that a thread holds at a time
+AIM_PROGRAMS = 256  # two for each multiprocessor of a large GPU
+FEW_PROGRAMS = 64  # so few are worth rows of a single vector: such arrays are small and lie in the cache
+
+# Where a kernel beats XLA's form: from and up to how many pixels of a map, by kernel and bytes an element that is read.
+# Elsewhere XLA's form needs but one launch (few pixels), or reads as often and as fast (many). Measured on an H200; maps
+# of half precision that are quantized to codes, and weights of it, were not, and are taken as the others.
+FASTER = {
+    ("fake_quant_sample_channel", 4): (16, 4096),
+    ("fake_quant_sample_channel", 2): (16, 16384),
+    ("quantize_sample_channel", 4): (16, 16384),
+    ("quantize_sample_channel", 2): (16, 16384),
+    ("fake_quant_out_channel", 4): (16, 8192),
+    ("fake_quant_out_channel", 2): (16, 8192),
+}
 
 TUNED_FILE = "tiles.json"
 
@@ -43,8 +58,9 @@ class Tiling:
       channels: of the array.
       columns: channels of a block, a power of two.
       warps: of 32 threads each.
-      rows: pixels of a tile in the loops of the two-sweep form; 0 where all tiles are held in registers, and
-        memory is read once.
+      rows: pixels of a part of a map, where one launch takes the ranges of parts and another quantizes; 0 where a
+        program holds whole maps.
+      vector: elements of a thread in a tile, a power of two.
     """
 
     pixels: int
@@ -52,6 +68,7 @@ class Tiling:
     columns: int
     warps: int
     rows: int = 0
+    vector: int = 4
 
     @property
     def threads(self) -> int:
@@ -64,58 +81,69 @@ class Tiling:
         return -(-self.channels // self.columns)
 
     @property
+    def parts(self) -> int:
+        """Parts of a map."""
+        return -(-self.pixels // self.rows) if self.rows else 1
+
+    @property
     def ragged(self) -> bool:
         """Whether the last block is wider than what is left of the channels."""
         return self.channels % self.columns != 0
 
     @property
-    def loops(self) -> int:
-        """Tiles of ``rows`` pixels that a sweep loops over."""
-        return self.pixels // self.rows if self.rows else 0
-
-    @property
-    def tiles(self) -> tuple[tuple[int, int], ...]:
-        """(first pixel, pixels) of the tiles that no loop covers; the last may reach past the end.
+    def tile_rows(self) -> int:
+        """Pixels of a tile, a power of two.
 
         Examples:
-          >>> Tiling(pixels=49, channels=64, columns=64, warps=2).tiles
-          ((0, 32), (32, 16), (48, 1))
+          >>> Tiling(pixels=49, channels=64, columns=64, warps=4).tile_rows
+          8
         """
-        return tuple(_powers_of_two(self.loops * self.rows, self.pixels))
+        most = self.rows & -self.rows if self.rows else power_of_two_above(self.pixels)
+        return min(most, max(1, self.threads * self.vector // self.columns))
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a program.
+
+        Examples:
+          >>> Tiling(pixels=49, channels=64, columns=64, warps=4).tiles
+          7
+        """
+        return -(-(self.rows or self.pixels) // self.tile_rows)
+
+    @property
+    def last_rows(self) -> int:
+        """Pixels in the last tile of the last part."""
+        return (self.pixels - 1) % self.tile_rows + 1
+
+    @property
+    def together(self) -> int:
+        """Tiles that a program holds at a time: all, or of a part what ``UNROLLED`` allows."""
+        most = max(1, UNROLLED // self.vector) if self.rows else self.tiles
+        return -(-self.tiles // -(-self.tiles // most))
+
+    @property
+    def loops(self) -> int:
+        """Rounds of a loop over so many tiles, where there are more; what is left follows it."""
+        return self.tiles // self.together if self.together < self.tiles else 0
 
     @property
     def padded_pixels(self) -> int:
-        """Pixels up to the end of the last tile."""
-        return sum(self.tiles[-1]) if self.tiles else self.pixels
-
-    @property
-    def pair_rows(self) -> int:
-        """Rows of a block, of an element a thread, in which two numbers a channel lie."""
-        return max(2, self.threads // self.columns)
-
-
-def _powers_of_two(start: int, end: int) -> Iterator[tuple[int, int]]:
-    negligible = int(end * NEGLIGIBLE)
-    while start < end:
-        left = end - start
-        size = 1 << (left.bit_length() - 1)
-        if size < left and 2 * size - left <= negligible:
-            size *= 2
-        yield start, size
-        start += size
+        """Pixels of a program up to the end of its last tile."""
+        return self.tiles * self.tile_rows
 
 
 def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_itemsize: int | None = None) -> Tiling:
     """The tiles for an array (samples, pixels, channels) of ``itemsize`` bytes an element.
 
-    What was tuned for this machine's GPU (:func:`tuned`) comes first. Otherwise, and this is the whole table:
+    What was tuned for this machine's GPU (:func:`tuned`) comes first. Otherwise, by the constants of this module:
 
-    - channels of a block: as many as a power of two divides, halved while a program would hold more than
-      ``AIM_ELEMENTS`` or the programs are fewer than ``AIM_PROGRAMS``, but no fewer than fill a sector of memory
-      and a vector of what is written;
-    - fewer, if a channel map fits in registers only so (``MAX_ELEMENTS``), down to a vector;
-    - else two sweeps;
-    - threads: one for 32 to 63 elements, at most 512.
+    - channels of a block: as many as a power of two divides and ``MAX_ROW_BYTES`` hold, halved while the programs are
+      fewer than ``AIM_PROGRAMS`` or hold more than ``HELD_ELEMENTS``, but no fewer than ``MIN_ROW_BYTES`` hold, or
+      a vector if the programs are fewer than ``FEW_PROGRAMS``;
+    - threads: one for ``HELD_A_THREAD`` elements, at most ``HELD_WARPS`` warps;
+    - if ``HELD_ELEMENTS`` are too few for that: parts of ``SPLIT_PIXELS * sqrt(pixels)`` pixels, ``SPLIT_COLUMNS``
+      channels, ``SPLIT_WARPS`` warps.
 
     Args:
       samples: N.
@@ -126,30 +154,52 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
 
     Examples:
       >>> tiling(16, 7 * 7, 960, 4)
-      Tiling(pixels=49, channels=960, columns=64, warps=2, rows=0)
+      Tiling(pixels=49, channels=960, columns=32, warps=4, rows=0, vector=4)
       >>> tiling(16, 112 * 112, 64, 4)
-      Tiling(pixels=12544, channels=64, columns=8, warps=16, rows=1024)
+      Tiling(pixels=12544, channels=64, columns=64, warps=8, rows=448, vector=4)
     """
     written = itemsize if written_itemsize is None else written_itemsize
-    if found := tuned().get(f"{samples}x{pixels}x{channels}x{itemsize}x{written}"):
-        return Tiling(pixels, channels, *found)
     vector = VECTOR_BYTES // itemsize
+    if found := tuned().get(f"{samples}x{pixels}x{channels}x{itemsize}x{written}"):
+        return Tiling(pixels, channels, *found, vector=vector)
     dividing = channels & -channels
-    columns = dividing if dividing >= min(vector, channels) else _power_of_two_above(channels)
-    # Of fewer columns, the smallest of several tiles would leave threads of a warp with nothing to do.
-    least = max(SECTOR_BYTES // itemsize, VECTOR_BYTES // written, WARP // (pixels & -pixels))
-    while columns > least and (columns * pixels > AIM_ELEMENTS or samples * -(-channels // columns) < AIM_PROGRAMS):
+    widest = dividing if dividing >= min(vector, channels) else power_of_two_above(channels)
+    least = MIN_ROW_BYTES // itemsize
+
+    columns = min(widest, MAX_ROW_BYTES // itemsize)
+    while columns > least and (columns * pixels > HELD_ELEMENTS or samples * -(-channels // columns) < AIM_PROGRAMS):
         columns //= 2
-    fitting = columns
-    while fitting > vector and fitting * pixels > MAX_ELEMENTS:
-        fitting //= 2
-    if fitting * pixels > MAX_ELEMENTS:
-        return Tiling(pixels, channels, columns, MAX_WARPS, rows=MAX_THREADS * ELEMENTS_A_THREAD_LOOPED // columns)
-    threads = min(MAX_THREADS, max(WARP, fitting * pixels // ELEMENTS_A_THREAD))
-    return Tiling(pixels, channels, fitting, warps=1 << ((threads // WARP).bit_length() - 1))
+    while columns > vector and samples * -(-channels // columns) < FEW_PROGRAMS:
+        columns //= 2
+    if columns * pixels <= HELD_ELEMENTS:
+        threads = max(WARP, power_of_two_above(columns * pixels // HELD_A_THREAD))
+        return Tiling(pixels, channels, columns, min(HELD_WARPS, threads // WARP), vector=vector)
+
+    columns, parts = min(widest, SPLIT_COLUMNS), max(1, round(math.sqrt(pixels) / SPLIT_PIXELS))
+    while columns > least and samples * parts * -(-channels // columns) < AIM_PROGRAMS:
+        columns //= 2
+    tile = WARP * SPLIT_WARPS * vector // columns
+    return Tiling(pixels, channels, columns, SPLIT_WARPS, rows=-(-pixels // (parts * tile)) * tile, vector=vector)
 
 
-def _power_of_two_above(n: int) -> int:
+def faster(kernel: str, pixels: int, itemsize: int) -> bool:
+    """Whether a kernel beats XLA's form: what ``impl="auto"`` goes by, and ``"pallas"`` does not.
+
+    Args:
+      kernel: its name.
+      pixels: of a channel map.
+      itemsize: bytes an element of what is read.
+
+    Examples:
+      >>> faster("fake_quant_sample_channel", 32 * 32, 4), faster("fake_quant_out_channel", 3 * 3 * 1, 4)
+      (True, False)
+    """
+    least, most = FASTER[kernel, itemsize]
+    return least <= pixels <= most
+
+
+def power_of_two_above(n: int) -> int:
+    """The least power of two that is no less than ``n``."""
     return 1 << (n - 1).bit_length()
 
 

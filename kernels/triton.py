@@ -22,7 +22,7 @@ def launch(
     kernel: Callable[..., None],
     *,
     name: str,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     in_specs: Sequence[pl.BlockSpec],
     out_specs: Any,
     out_shape: Any,

@@ -74,7 +74,7 @@ class Case:
     @property
     def tiling(self) -> Tiling:
         """Its tiles."""
-        return tiling(*self.array, self.itemsize, 1 if self.what == "quantize" else None)
+        return tiling(*self.array, self.itemsize, self.written_itemsize)
 
     @property
     def least_bytes(self) -> int:
@@ -85,17 +85,25 @@ class Case:
             return elements * (self.itemsize + 1) + samples * channels * 8
         return elements * self.itemsize * (3 if self.residual else 2) + (8 * channels if self.norm else 0)
 
-    def vector_bytes(self, itemsize: int) -> int:
-        """Of one array of such elements, how much can be accessed by vectors of 16 bytes.
+    @property
+    def written_itemsize(self) -> int:
+        """Bytes an element of what is written."""
+        return 1 if self.what == "quantize" else self.itemsize
 
-        Those tiles that have one for each thread, if the rows of the array are aligned to them.
-        """
-        tiles = self.tiling
-        if self.array[2] * itemsize % VECTOR_BYTES or tiles.columns * itemsize < VECTOR_BYTES:
-            return 0
-        enough = [rows for _, rows in tiles.tiles if rows * tiles.columns * itemsize >= VECTOR_BYTES * tiles.threads]
-        pixels = sum(enough) + tiles.loops * tiles.rows
-        return self.array[0] * tiles.blocks * tiles.columns * pixels * itemsize
+    @property
+    def map_bytes(self) -> tuple[int, int]:
+        """Of activations, residuals and codes: what has to be read, once in each launch, and what is written."""
+        elements, launches = math.prod(self.array), 2 if self.tiling.rows else 1
+        return elements * self.itemsize * (2 if self.residual else 1) * launches, elements * self.written_itemsize
+
+    @property
+    def regular(self) -> bool:
+        """Whether every thread has a vector, of channels of the array, in all tiles but the last of a map."""
+        tiles, (_, pixels, channels) = self.tiling, self.array
+        whole = tiles.tile_rows * tiles.columns == tiles.threads * tiles.vector and not tiles.ragged
+        # Predicates of stores of single numbers and of masked codes, and of masks in every tile, look alike.
+        told_apart = pixels % (tiles.rows or tiles.tile_rows) == 0 or (self.what != "quantize" and not tiles.rows)
+        return whole and tiles.columns >= tiles.vector and channels % tiles.vector == 0 and told_apart
 
     def function(self) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
         """What is compiled, and for which arguments."""
@@ -135,15 +143,16 @@ class Row:
     @property
     def faults(self) -> list[str]:
         """What is not as it should be."""
-        written = 1 if self.case.what == "quantize" else self.case.itemsize
-        vectors_read = self.case.vector_bytes(self.case.itemsize) * (2 if self.case.residual else 1)
+        case, kernel = self.case, self.kernel
+        must_read, must_write = case.map_bytes if case.regular else (0, 0)
+        written = min(VECTOR_BYTES, case.tiling.vector * case.written_itemsize)  # by a thread at a time
         checks = {
-            f"{self.kernel.spilled_bytes} bytes spilled": self.kernel.spilled_bytes > 0,
-            f"{self.kernel.shared_bytes} bytes of shared memory": self.kernel.shared_bytes > MAX_SHARED_BYTES,
+            f"{kernel.spilled_bytes} bytes spilled": kernel.spilled_bytes > 0,
+            f"{kernel.shared_bytes} bytes of shared memory": kernel.shared_bytes > MAX_SHARED_BYTES,
             f"moves {self.ratio:.3f} of the least": self.exact and self.ratio > MAX_RATIO,
-            f"reads {dict(self.kernel.reads)}": self.kernel.reads[VECTOR_BYTES] < vectors_read,
-            f"writes {dict(self.kernel.writes)}": self.kernel.writes[VECTOR_BYTES] < self.case.vector_bytes(written),
-            "no test for NaN": not self.kernel.tests_nan,
+            f"reads {dict(kernel.reads)}": kernel.reads[VECTOR_BYTES] < must_read,
+            f"writes {dict(kernel.writes)}": kernel.writes[written] < must_write,
+            "no test for NaN": not kernel.tests_nan,
         }
         return [fault for fault, holds in checks.items() if holds]
 
@@ -154,10 +163,8 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        """Whether memory is read once, no block reaches past the channels, and no thread is idle in any tile."""
-        tiles = self.case.tiling
-        least = min((rows * tiles.columns for _, rows in tiles.tiles), default=0)
-        return not tiles.loops and not tiles.ragged and least >= tiles.threads
+        """Whether memory is read once, and no norm, which every thread reads by itself and from the nearest cache."""
+        return self.case.regular and not self.case.tiling.rows and not self.case.norm
 
 
 def cases() -> list[Case]:

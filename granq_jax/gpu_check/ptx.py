@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ _ACCESS = re.compile(r"(@%p\d+ )?\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf
 _GENERIC_ACCESS = re.compile(r"\b(?:ld|st)(?:\.v(\d))?\.[busf](\d+)")
 _LABEL = re.compile(r"^(\$L__BB\w+):", re.M)
 _JUMP = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);")
+_ENTRY = re.compile(r"\.visible \.entry (\w+)\(")
 _LAUNCH = re.compile(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), .*shared_memory: (\d+) bytes")
 
 
@@ -49,21 +51,29 @@ class Kernel(NamedTuple):
 
 
 def inspect(program: Program, tiling: Tiling) -> Kernel:
-    """The one kernel of ``program``, whose tiles are those of ``tiling``."""
-    (launch,) = _LAUNCH.findall(program.launches)
-    programs, threads = int(launch[1]) * int(launch[2]) * int(launch[3]), int(launch[4])
-    log, loops = _assemble(program.ptx), _loops(program.ptx)
+    """The launches of ``program``, one or two, whose tiles are those of ``tiling``, taken together."""
+    modules = [part for part in re.split(r"(?m)^(?=\.version)", program.ptx) if _ENTRY.search(part)]
+    launches = {name: tuple(map(int, numbers)) for name, *numbers in _LAUNCH.findall(program.launches)}
+    logs = [_assemble(module) for module in modules]
     moved: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
-    for access in _ACCESS.finditer(program.ptx):
-        predicate, kind, vector, bits = access.groups()
-        width = int(vector or 1) * int(bits) // 8
-        rounds = tiling.loops if any(start < access.start() < end for start, end in loops) else 1
-        one_a_channel = kind == "st" and predicate and not _has_masks(tiling)
-        moved[kind][width] += programs * width * rounds * (tiling.columns if one_a_channel else threads)
+    for module in modules:
+        (name,) = _ENTRY.findall(module)
+        *grid, threads, _ = launches[name]
+        loops = _loops(module)
+        for access in _ACCESS.finditer(module):
+            predicate, kind, vector, bits = access.groups()
+            width = int(vector or 1) * int(bits) // 8
+            rounds = tiling.loops if any(start < access.start() < end for start, end in loops) else 1
+            taking_part = threads
+            if predicate and not tiling.ragged:
+                # Either one thread for each channel's number, or what there is of the last tile.
+                one_a_channel = kind == "st" and width < VECTOR_BYTES and int(bits) == 32 and not vector
+                taking_part = tiling.columns if one_a_channel else threads * tiling.last_rows // tiling.tile_rows
+            moved[kind][width] += math.prod(grid) * width * rounds * taking_part
     return Kernel(
-        registers=int(re.findall(r"Used (\d+) registers", log)[0]),
-        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-        shared_bytes=int(launch[5]),
+        registers=max(int(found) for log in logs for found in re.findall(r"Used (\d+) registers", log)),
+        spilled_bytes=sum(int(found) for log in logs for found in re.findall(r"(\d+) bytes spill", log)),
+        shared_bytes=max(shared for *_, shared in launches.values()),
         reads=moved["ld"],
         writes=moved["st"],
         tests_nan=bool(re.search(r"setp\.nan\.(bf16|f16|f32)", program.ptx)),
@@ -80,10 +90,6 @@ def mosaic_faults(ptx: str) -> list[str]:
         "minimum or maximum passes over NaN": bool(re.search(r"\b(min|max)\.(bf16|f16|f32)", ptx)),
     }
     return [fault for fault, holds in checks.items() if holds]
-
-
-def _has_masks(tiling: Tiling) -> bool:
-    return tiling.ragged or tiling.padded_pixels != tiling.pixels
 
 
 def _loops(ptx: str) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from granq_jax.kernels import sample_channel
 from granq_jax.quant import quantize
 from granq_jax.step import mapped_step
 
-MAX_SITES_RATIO = 0.7
+MAX_SITES_RATIO = 0.8  # maps that a program cannot hold are read twice, as XLA does
 _LAUNCH = re.compile(r"^\d+: k\w+", re.M)
 
 
@@ -66,9 +66,9 @@ class StepRow:
 
 
 def step_row(config: str, gpu: str, count: int = 1) -> StepRow:
-    """Compiles the joint step of a config twice."""
-    lowered = {impl: _lowered(config, gpu, count, impl) for impl in ("auto", "xla")}
-    programs: list[Program] = [compiled(lowered[impl]) for impl in ("auto", "xla")]
+    """Compiles the joint step of a config twice: all by kernels, and without any."""
+    lowered = {impl: _lowered(config, gpu, count, impl) for impl in ("pallas", "xla")}
+    programs: list[Program] = [compiled(lowered[impl]) for impl in ("pallas", "xla")]
     kernels, xla = (sites(program.hlo, sample_channel.NAME) for program in programs)
     ours, theirs = programs
     return StepRow(

@@ -42,8 +42,9 @@ def dispatch(impl: str, by_xla: Callable[..., Any], by_kernel: Callable[..., Any
 
     Args:
       impl: ``"xla"``; ``"pallas"``, the kernel; ``"pallas_interpret"``, the kernel run by Pallas'
-        interpreter; ``"auto"``, decided when the program is lowered: the kernel for CUDA and ROCm, else XLA. Where
-        the kernel cannot be lowered, ``"auto"`` takes XLA and logs why, once, and ``"pallas"`` raises.
+        interpreter; ``"auto"``, decided when the program is lowered: for CUDA and ROCm the kernel where it is known
+        to be the faster one (:func:`granq_jax.kernels.tiles.faster`), else XLA. Where the kernel cannot be lowered,
+        ``"auto"`` takes XLA and logs why, once, and ``"pallas"`` raises.
       by_xla: of the operands.
       by_kernel: of the operands and ``interpret``.
       *operands: pytrees of arrays.

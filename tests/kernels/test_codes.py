@@ -10,7 +10,7 @@ from granq_jax.quant import dequantize, fake_quant, quantize_codes
 from tests.kernels.levels import DTYPES, assert_same_levels, normal
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((2, 7, 7, 3), "float32")])
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 7, 7, 3), "float32"), ((1, 80, 80, 20), "bfloat16")])
 def test_codes_scales_and_zero_points(shape, dtype):
     x = normal(shape, dtype)
     found, scale, zero = codes.quantize(x, 3, interpret=True)
@@ -28,6 +28,17 @@ def test_codes_scales_and_zero_points(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_more_shapes(shape, dtype):
     test_codes_scales_and_zero_points(shape, dtype)
+
+
+def test_a_channel_that_is_not_finite_has_no_scale():
+    x = normal((2, 7, 7, 4))
+    for i, bad in enumerate((jnp.nan, jnp.inf)):
+        x = x.at[1, 3, 3, i].set(bad)
+    codes_of_all, scale, _ = codes.quantize(x, 3, interpret=True)
+    expected, expected_scale, _ = codes.reference(x, 3)
+    assert np.isnan(scale[1, 0, 0, :2]).all()
+    np.testing.assert_allclose(scale[..., 2:], expected_scale[..., 2:], rtol=3e-7)
+    np.testing.assert_array_equal(codes_of_all[..., 2:], expected[..., 2:])
 
 
 def test_codes_of_constant_channels_stand_for_their_value():

@@ -27,6 +27,11 @@ def failing(x, y=None):
     raise NotImplementedError("not on this one")
 
 
+def giving_way(x, y=None):
+    lowered.give_way_unless(False)
+    return kernel_of(x, y)
+
+
 def text(platforms, kernel=kernel_of, **how):
     function = jax.jit(partial(kernel_or, form_of, kernel, **how))
     return function.trace(X, None).lower(lowering_platforms=platforms).as_text()
@@ -48,6 +53,14 @@ def test_the_platform_decides(platform, there, absent, notes):
     assert there in program
     assert absent not in program
     assert not notes()
+
+
+def test_a_kernel_gives_way_to_a_faster_form_unless_it_is_required(notes):
+    assert FORM in text(("cuda",), giving_way)
+    assert KERNEL in text(("cuda",), giving_way, required=True)
+    assert KERNEL in text(("cuda",), lambda x, y: (lowered.give_way_unless(True), kernel_of(x, y))[1])
+    assert not notes()
+    np.testing.assert_array_equal(giving_way(X)["a"], jnp.tanh(X))  # called by itself
 
 
 def test_a_program_for_several_platforms_has_both(notes):

@@ -34,5 +34,5 @@ def test_gradient():
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_it_lowers_for_gpus(platform):
     w = jax.ShapeDtypeStruct((3, 3, 64, 24), jnp.float32)
-    lowered = jax.jit(lambda w: fake_quant(w, bits=3, granularity="out_channel")).trace(w)
+    lowered = jax.jit(lambda w: fake_quant(w, bits=3, granularity="out_channel", impl="pallas")).trace(w)
     assert out_channel.NAME in lowered.lower(lowering_platforms=(platform,)).as_text()

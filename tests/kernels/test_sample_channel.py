@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from granq_jax.kernels import gpus, sample_channel
+from granq_jax.kernels import gpus, sample_channel, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,6 +110,40 @@ def test_every_activation_of_the_networks(network, size):
         elements += np.prod(shape)
         assert_kernel_is_reference(normal(shape, "bfloat16"), 3, True, residual, activation)
     print(f"{network}: {flipped} of {elements} values at a tie have the neighbouring level")
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Maps of a few pixels take two launches, which loop over two tiles at a time."""
+    for name, value in {"HELD_ELEMENTS": 64, "SPLIT_WARPS": 1, "SPLIT_PIXELS": 6.0, "UNROLLED": 8}.items():
+        monkeypatch.setattr(tiles, name, value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "norm", "residual", "activation"),
+    [
+        ((2, 16, 16, 8), "float32", False, False, None),
+        ((1, 17, 13, 20), "float32", True, True, "relu6"),
+        ((1, 15, 11, 24), "bfloat16", True, False, "relu"),
+    ],
+)
+def test_maps_in_parts(small_parts, shape, dtype, norm, residual, activation):
+    found = tiles.tiling(shape[0], shape[1] * shape[2], shape[3], jnp.dtype(dtype).itemsize)
+    assert found.parts > 1
+    assert found.loops > 0
+    assert_kernel_is_reference(normal(shape, dtype), 3, norm, residual, activation)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_bad_value_spoils_all_parts_of_its_own_channel_only(small_parts, bad):
+    kernel = jax.jit(partial(sample_channel.fake_quant, bits=3, interpret=True))
+    x = np.array(normal((2, 17, 13, 4)))
+    clean = np.array(kernel(jnp.asarray(x)))
+    x[1, -1, -1, 2] = bad
+    y = np.array(kernel(jnp.asarray(x)))
+    assert not np.isfinite(y[1, :, :, 2]).any()
+    y[1, :, :, 2] = clean[1, :, :, 2]
+    np.testing.assert_array_equal(y, clean)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3, 4), (1, 192, 192, 4)])
