@@ -360,7 +360,7 @@ class _Loop:
                 chosen = self._notes.chosen_step
                 self._log.say(
                     f"after epoch {epoch}: the student BREAKS DOWN: its error on held-out images is {score.error:.3f} "
-                    f"of that before training, more than {guard.LIMIT} times the least before; "
+                    f"of that before training, more than {guard.LIMIT:g} times the least before; "
                     + ("no student was seen before it" if chosen is None else f"the result is that of step {chosen}")
                     + ("" if self._ends_early else "; the run goes on, for config.on_breakdown is 'go_on'")
                 )

@@ -35,8 +35,8 @@ AIM_PROGRAMS = 256  # two for each multiprocessor of a large GPU
 FEW_PROGRAMS = 64  # so few are worth rows of a single vector: such arrays are small and lie in the cache
 
 # Where a kernel beats XLA's form: from and up to how many pixels of a map, by kernel and bytes an element that is read.
-# Elsewhere XLA's form needs but one launch (few pixels), or reads as often and as fast (many). Measured on an H200; maps
-# of half precision that are quantized to codes, and weights of it, were not, and are taken as the others.
+# Elsewhere XLA's form needs but one launch (few pixels), or reads as often and as fast (many). Measured on an H200, but
+# for codes of bfloat16 and weights in it, which are taken as those of float32.
 FASTER = {
     ("fake_quant_sample_channel", 4): (16, 4096),
     ("fake_quant_sample_channel", 2): (16, 16384),
