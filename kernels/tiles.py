@@ -22,8 +22,7 @@ VECTOR_BYTES = 16  # the widest load of one thread
 WARP = 32
 
 # The table of choices.
-MAX_ROW_BYTES = 128  # of a pixel's channels in a block that is held
-SPLIT_COLUMNS = 64  # channels of a block where maps are split
+MAX_ROW_BYTES = 128  # of a pixel's channels in a block
 MIN_ROW_BYTES = 32  # what a GPU fetches at least
 HELD_ELEMENTS = 16 * 1024  # that a program may hold ...
 HELD_A_THREAD = 16  # ... and how many of them each thread should
@@ -142,8 +141,7 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
       fewer than ``AIM_PROGRAMS`` or hold more than ``HELD_ELEMENTS``, but no fewer than ``MIN_ROW_BYTES`` hold, or
       a vector if the programs are fewer than ``FEW_PROGRAMS``;
     - threads: one for ``HELD_A_THREAD`` elements, at most ``HELD_WARPS`` warps;
-    - if ``HELD_ELEMENTS`` are too few for that: parts of ``SPLIT_PIXELS * sqrt(pixels)`` pixels, ``SPLIT_COLUMNS``
-      channels, ``SPLIT_WARPS`` warps.
+    - if ``HELD_ELEMENTS`` are too few for that: parts of ``SPLIT_PIXELS * sqrt(pixels)`` pixels, ``SPLIT_WARPS`` warps.
 
     Args:
       samples: N.
@@ -156,7 +154,7 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
       >>> tiling(16, 7 * 7, 960, 4)
       Tiling(pixels=49, channels=960, columns=32, warps=4, rows=0, vector=4)
       >>> tiling(16, 112 * 112, 64, 4)
-      Tiling(pixels=12544, channels=64, columns=64, warps=8, rows=448, vector=4)
+      Tiling(pixels=12544, channels=64, columns=32, warps=8, rows=448, vector=4)
     """
     written = itemsize if written_itemsize is None else written_itemsize
     vector = VECTOR_BYTES // itemsize
@@ -164,9 +162,9 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
         return Tiling(pixels, channels, *found, vector=vector)
     dividing = channels & -channels
     widest = dividing if dividing >= min(vector, channels) else power_of_two_above(channels)
-    least = MIN_ROW_BYTES // itemsize
+    widest, least = min(widest, MAX_ROW_BYTES // itemsize), MIN_ROW_BYTES // itemsize
 
-    columns = min(widest, MAX_ROW_BYTES // itemsize)
+    columns = widest
     while columns > least and (columns * pixels > HELD_ELEMENTS or samples * -(-channels // columns) < AIM_PROGRAMS):
         columns //= 2
     while columns > vector and samples * -(-channels // columns) < FEW_PROGRAMS:
@@ -175,7 +173,7 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
         threads = max(WARP, power_of_two_above(columns * pixels // HELD_A_THREAD))
         return Tiling(pixels, channels, columns, min(HELD_WARPS, threads // WARP), vector=vector)
 
-    columns, parts = min(widest, SPLIT_COLUMNS), max(1, round(math.sqrt(pixels) / SPLIT_PIXELS))
+    columns, parts = widest, max(1, round(math.sqrt(pixels) / SPLIT_PIXELS))
     while columns > least and samples * parts * -(-channels // columns) < AIM_PROGRAMS:
         columns //= 2
     tile = WARP * SPLIT_WARPS * vector // columns
