@@ -49,7 +49,7 @@ assert main(["--mode=export", *arguments]) == 0
 
 def run(script, *arguments):
     command = [sys.executable, "-c", GONE + script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
 
 
 def test_as_a_library():
