@@ -202,14 +202,14 @@ def test_hostile_files_are_refused_at_no_cost(hostile, name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = hostile / name
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()  # the machine may be busy
     try:
         with pytest.raises(ValueError, match=r"^teacher: ") as caught:
             load_torch(NAME, path)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
     assert peak < MAX_BYTES
     message = str(caught.value)
     assert "\n" not in message
