@@ -28,6 +28,8 @@ def step_decay(
       >>> [round(float(rate(step)), 6) for step in (0, 19, 20, 29, 30)]
       [1.0, 1.0, 0.1, 0.1, 0.01]
     """
+    if not decay_epochs:  # XLA for CPUs of jax 0.11 crashes on a sum over no elements within a larger program
+        return optax.constant_schedule(learning_rate)
     decays = np.array([epoch * steps_per_epoch - first_step for epoch in decay_epochs])
     rates = learning_rate * 0.1 ** np.arange(len(decays) + 1)
     # A sum and a look-up are computed once a step, where XLA repeats a formula for every parameter.

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from granq_jax.build import make_trainer
+from granq_jax.build import make_dataset, make_trainer
 from granq_jax.config import check_config
-from granq_jax.data import DATASETS
 from granq_jax.evaluate import state_of_run
 from granq_jax.export.packed import save_packed
 from granq_jax.export.program import export_program
+from granq_jax.paths import expanded
 from granq_jax.quant import storage_bytes
 from granq_jax.quant.dispatch import NoKernelError
 from granq_jax.record import check_writable, describe, versions, write_bytes, write_json
@@ -53,14 +53,14 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       ValueError, OSError: if there is no student, or it cannot be written.
     """
     check_config(config)
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     check_writable(workdir)
     trainer = make_trainer(config)
     step, state = state_of_run(trainer, workdir)
     student = state.result
     folder = workdir / "export"
     folder.mkdir(exist_ok=True)
-    dataset, spec = DATASETS[config.dataset], trainer.spec
+    dataset, spec = make_dataset(config), trainer.spec
     theoretical = {key: size for key, size in storage_bytes(student, spec).items() if key != "teacher"}
     sizes = {PACKED: save_packed(folder / PACKED, student, spec, config.network)}
     programs: dict[str, dict[str, Any]] = {

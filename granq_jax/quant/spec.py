@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from granq_jax.checks import check_choice
+from granq_jax.checks import check_choice, is_whole
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -25,13 +25,13 @@ _OVERRIDABLE = ("weight_bits", "act_bits", "weight_granularity", "act_granularit
 
 
 def check_bits(field: str, value: Any) -> None:
-    """Raises, naming ``field``, if ``value`` is not a bit width from 2 to 8.
+    """Raises, naming ``field``, if ``value`` is not a bit width from 2 to 8; NumPy's whole numbers may be.
 
     Raises:
       TypeError: if it is not an integer.
       ValueError: if it lies outside 2 to 8.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise TypeError(f"{field}: got {value!r}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
     if not MIN_BITS <= value <= MAX_BITS:
         raise ValueError(f"{field}: got {value}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
@@ -136,6 +136,7 @@ class QuantSpec:
         for field in ("weight_bits", "act_bits"):
             if getattr(self, field) is not None:
                 check_bits(f"QuantSpec.{field}", getattr(self, field))
+                object.__setattr__(self, field, int(getattr(self, field)))
         check_choice("QuantSpec.weight_granularity", self.weight_granularity, WEIGHT_GRANULARITIES)
         check_choice("QuantSpec.weight_ranges", self.weight_ranges, WEIGHT_RANGES)
         check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
