@@ -104,6 +104,7 @@ def judged(case, outputs, *arguments):
         return [float(v) for v in correctness.judged(case, jax.tree.map(jnp.asarray, outputs), *arguments)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_judge_accepts_the_reference_and_sees_what_is_wrong(dtype):
     cases, correctness = benchmark("gpu_cases"), benchmark("gpu_correctness")

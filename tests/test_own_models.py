@@ -79,6 +79,7 @@ def trainer_of(model, **fields):
     return Trainer(model=model, generator=Generator(10, 8, 1), spec=SPEC, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_losses_are_computed_in_float32(dtype):
     """On logits of half precision they are those of the same numbers in float32, and so are the gradients."""
@@ -114,6 +115,7 @@ def test_losses_are_computed_in_float32(dtype):
     np.testing.assert_array_equal(of_narrow, of_wide)
 
 
+@pytest.mark.slow
 def test_a_step_of_a_model_in_half_precision_is_near_that_in_float32():
     metrics = {}
     for dtype in (None, jnp.bfloat16):
@@ -128,6 +130,7 @@ def test_a_step_of_a_model_in_half_precision_is_near_that_in_float32():
     assert metrics[None]["lr_s"] == metrics[jnp.bfloat16]["lr_s"]
 
 
+@pytest.mark.slow
 def test_parameters_in_half_precision_have_masters_that_move():
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables_of(Net()))
     moved = {}
@@ -162,6 +165,7 @@ def test_what_are_no_logits_is_refused(output, words):
         zero_shot_quantize(trainer_of(model), variables_of(model), epochs=2)
 
 
+@pytest.mark.slow
 def test_logarithms_of_probabilities_are_logits():
     model = Net(output="log_softmax")
     zero_shot_quantize(trainer_of(model), variables_of(model), epochs=2)
@@ -172,6 +176,7 @@ def test_a_single_class_is_refused():
         dataclasses.replace(trainer_of(Net()), generator=Generator(1, 8, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["mean var", "running_mean running_var", "moving_mean moving_variance"])
 def test_a_copied_batch_norm_guides_the_generator_as_flax_own(norm):
     model = Net(norm=norm)
@@ -186,6 +191,7 @@ def test_a_copied_batch_norm_guides_the_generator_as_flax_own(norm):
     zero_shot_quantize(trainer_of(model), variables, epochs=2)
 
 
+@pytest.mark.slow
 def test_statistics_that_cannot_be_seen_are_named():
     """A block that normalises within itself: what it is called on is not what it normalises."""
     model = Net(norm="inline")
@@ -219,6 +225,7 @@ class Block(nn.Module):
         return x + nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(6, (1, 1))(x))), None
 
 
+@pytest.mark.slow
 def test_batch_norms_in_a_scan_give_the_loss_of_those_in_a_loop(x64):
     rng = np.random.default_rng(2)
     plain = jax.eval_shape(Stacked("loop").init, jax.random.key(0), IMAGES)
@@ -324,6 +331,7 @@ class Counting(nn.Module):
         return nn.Dense(10)(x)
 
 
+@pytest.mark.slow
 def test_collections_outlive_the_training_of_a_teacher():
     settings = PretrainSettings(epochs=1, batch_size=256, lr=0.1, weight_decay=0.0, max_shift=0, flip=False, seed=0)
     variables = pretrain(Counting(), load_split("digits", "train"), settings)
@@ -340,6 +348,7 @@ class Partitioned(nn.Module):
         return nn.Dense(10, kernel_init=init)(x.reshape(x.shape[0], -1))
 
 
+@pytest.mark.slow
 def test_boxes_of_a_teacher_are_those_of_its_student():
     teacher = variables_of(Partitioned())
     student = zero_shot_quantize(trainer_of(Partitioned(), losses=LossSettings(gamma=0.0)), teacher, epochs=2)
@@ -356,6 +365,7 @@ class Ranges(nn.Module):
         return nn.Dense(10)(x.reshape(x.shape[0], -1) * scale[None])
 
 
+@pytest.mark.slow
 def test_a_models_own_collections_keep_their_names():
     spec = QuantSpec(placement="operand", act_granularity="tensor", act_ranges="moving_average")
     teacher = variables_of(Ranges())
