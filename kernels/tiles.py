@@ -21,17 +21,23 @@ import platformdirs
 VECTOR_BYTES = 16  # the widest load of one thread
 WARP = 32
 
-# The table of choices.
-MAX_ROW_BYTES = 128  # of a pixel's channels in a block
+# The table of choices, as they were measured on an H200 (results/gpu/tiles.csv).
+MAX_ROW_BYTES = 128  # of a pixel's channels in a block that is held
+# Blocks are halved while the programs are fewer than the first of these, down to AIM_COLUMNS; while they are fewer than
+# the second, down to MIN_ROW_BYTES; while they are fewer than the third, down to a vector.
+AIM_PROGRAMS = (256, 128, 64)
+AIM_COLUMNS = 16
 MIN_ROW_BYTES = 32  # what a GPU fetches at least
+HELD_PIXELS = 2048  # of maps that are not cut into parts
 HELD_ELEMENTS = 16 * 1024  # that a program may hold ...
-HELD_A_THREAD = 16  # ... and how many of them each thread should
+HELD_A_THREAD = 16  # ... and how many of them each thread should ...
+FEW_A_THREAD = 32  # ... or where programs are fewer still: threads wait for one another less
 HELD_WARPS = 16
+SPLIT_COLUMNS = 64
 SPLIT_WARPS = 8
 SPLIT_PIXELS = 4.0  # a part has this times the square root of a map's pixels: its range is read again for each part
+SPLIT_PROGRAMS = 96  # so many there should be, if need be by more parts
 UNROLLED = 32  # elements of a part that a thread holds at a time
-AIM_PROGRAMS = 256  # two for each multiprocessor of a large GPU
-FEW_PROGRAMS = 64  # so few are worth rows of a single vector: such arrays are small and lie in the cache
 
 # Where a kernel beats XLA's form: from and up to how many pixels of a map, by kernel and bytes an element that is read.
 # Elsewhere XLA's form needs but one launch (few pixels), or reads as often and as fast (many). Measured on an H200, but
@@ -137,11 +143,11 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
 
     What was tuned for this machine's GPU (:func:`tuned`) comes first. Otherwise, by the constants of this module:
 
-    - channels of a block: as many as a power of two divides and ``MAX_ROW_BYTES`` hold, halved while the programs are
-      fewer than ``AIM_PROGRAMS`` or hold more than ``HELD_ELEMENTS``, but no fewer than ``MIN_ROW_BYTES`` hold, or
-      a vector if the programs are fewer than ``FEW_PROGRAMS``;
-    - threads: one for ``HELD_A_THREAD`` elements, at most ``HELD_WARPS`` warps;
-    - if ``HELD_ELEMENTS`` are too few for that: parts of ``SPLIT_PIXELS * sqrt(pixels)`` pixels, ``SPLIT_WARPS`` warps.
+    - channels of a block: as many as a power of two divides and ``MAX_ROW_BYTES`` hold, halved as
+      ``AIM_PROGRAMS`` says, and while they are more than ``HELD_ELEMENTS``;
+    - threads: one for ``HELD_A_THREAD`` or ``FEW_A_THREAD`` elements, at most ``HELD_WARPS`` warps;
+    - maps of more than ``HELD_PIXELS`` in parts: ``SPLIT_COLUMNS``, ``SPLIT_WARPS``, ``SPLIT_PIXELS * sqrt(pixels)``
+      pixels, halved while the programs are fewer than ``SPLIT_PROGRAMS``; a little more or less for whole parts.
 
     Args:
       samples: N.
@@ -154,7 +160,7 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
       >>> tiling(16, 7 * 7, 960, 4)
       Tiling(pixels=49, channels=960, columns=32, warps=4, rows=0, vector=4)
       >>> tiling(16, 112 * 112, 64, 4)
-      Tiling(pixels=12544, channels=64, columns=32, warps=8, rows=448, vector=4)
+      Tiling(pixels=12544, channels=64, columns=64, warps=8, rows=448, vector=4)
     """
     written = itemsize if written_itemsize is None else written_itemsize
     vector = VECTOR_BYTES // itemsize
@@ -162,22 +168,27 @@ def tiling(samples: int, pixels: int, channels: int, itemsize: int, written_item
         return Tiling(pixels, channels, *found, vector=vector)
     dividing = channels & -channels
     widest = dividing if dividing >= min(vector, channels) else power_of_two_above(channels)
-    widest, least = min(widest, MAX_ROW_BYTES // itemsize), MIN_ROW_BYTES // itemsize
 
-    columns = widest
-    while columns > least and (columns * pixels > HELD_ELEMENTS or samples * -(-channels // columns) < AIM_PROGRAMS):
-        columns //= 2
-    while columns > vector and samples * -(-channels // columns) < FEW_PROGRAMS:
-        columns //= 2
-    if columns * pixels <= HELD_ELEMENTS:
-        threads = max(WARP, power_of_two_above(columns * pixels // HELD_A_THREAD))
-        return Tiling(pixels, channels, columns, min(HELD_WARPS, threads // WARP), vector=vector)
+    def programs(columns):
+        return samples * -(-channels // columns)
 
-    columns, parts = widest, max(1, round(math.sqrt(pixels) / SPLIT_PIXELS))
-    while columns > least and samples * parts * -(-channels // columns) < AIM_PROGRAMS:
-        columns //= 2
-    tile = WARP * SPLIT_WARPS * vector // columns
-    return Tiling(pixels, channels, columns, SPLIT_WARPS, rows=-(-pixels // (parts * tile)) * tile, vector=vector)
+    if pixels > HELD_PIXELS:
+        columns = min(widest, SPLIT_COLUMNS)
+        tile = WARP * SPLIT_WARPS * vector // columns
+        parts = max(1, round(math.sqrt(pixels) / SPLIT_PIXELS))
+        while parts * programs(columns) < SPLIT_PROGRAMS and 2 * parts * tile <= pixels:
+            parts *= 2
+        near = range(max(1, parts * 3 // 4), parts * 5 // 4 + 1)
+        parts = min(near, key=lambda n: (pixels % (n * tile) > 0, abs(n - parts)))
+        return Tiling(pixels, channels, columns, SPLIT_WARPS, rows=-(-pixels // (parts * tile)) * tile, vector=vector)
+
+    columns = min(widest, MAX_ROW_BYTES // itemsize)
+    for least, enough in zip((AIM_COLUMNS, MIN_ROW_BYTES // itemsize, vector), AIM_PROGRAMS, strict=True):
+        while columns > least and (columns * pixels > HELD_ELEMENTS or programs(columns) < enough):
+            columns //= 2
+    a_thread = FEW_A_THREAD if programs(columns) < AIM_PROGRAMS[-1] else HELD_A_THREAD
+    threads = min(WARP * HELD_WARPS, max(WARP, power_of_two_above(columns * pixels // a_thread)))
+    return Tiling(pixels, channels, columns, threads // WARP, vector=vector)
 
 
 def faster(kernel: str, pixels: int, itemsize: int) -> bool:

@@ -115,7 +115,13 @@ def test_every_activation_of_the_networks(network, size):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Maps of a few pixels take two launches, which loop over two tiles at a time."""
-    for name, value in {"HELD_ELEMENTS": 64, "SPLIT_WARPS": 1, "SPLIT_PIXELS": 6.0, "UNROLLED": 8}.items():
+    for name, value in {
+        "HELD_PIXELS": 64,
+        "SPLIT_WARPS": 1,
+        "SPLIT_PROGRAMS": 1,
+        "SPLIT_PIXELS": 6.0,
+        "UNROLLED": 8,
+    }.items():
         monkeypatch.setattr(tiles, name, value)
 
 
