@@ -66,8 +66,9 @@ def test_held_out_images_are_three_sources_and_always_the_same(network):
     plain, moved, mixed = images
     assert images.shape == (3, len(plain), 8, 8, 1)
     np.testing.assert_array_equal(images, guard.held_out_images(trainer, generator))
-    np.testing.assert_allclose(mixed, (plain + np.roll(plain, 1, 0)) / 2, rtol=1e-6)
-    assert all(set(after.ravel()) <= set(before.ravel()) for before, after in zip(plain, moved, strict=True))
+    np.testing.assert_allclose(mixed, (plain + np.roll(plain, 1, 0)) / 2, atol=1e-5)
+    for before, after in zip(plain, moved, strict=True):  # a compiler may round what it computes twice otherwise
+        assert np.abs(after.reshape(-1, 1) - before.reshape(1, -1)).min(1).max() < 1e-5
     assert (moved != plain).any(axis=(1, 2, 3)).mean() > 0.5
 
 
