@@ -56,7 +56,8 @@ def teachers(tmp_path_factory):
     return teacher
 
 
-CONFIGS = [f"{folder}{row}_w{bits}a{bits}" for folder in ("", "paper/") for row in ROWS for bits in (3, 4, 5)]
+# Of each network; other numbers of bits are the same program with other constants.
+CONFIGS = [f"{folder}{row}_w3a3" for folder in ("", "paper/") for row in ROWS]
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_the_step_is_traced(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith("w3a3")])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("paper/")])
 def test_three_steps_and_an_evaluation(name, teachers, tmp_path, monkeypatch):
     monkeypatch.setattr(granq_jax.train, "load_split", lambda name, *_: prepared_split(DATASETS[name]))
     config = load_config(name)
