@@ -50,6 +50,10 @@ def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def training_lines(workdir):
+    return [line for line in metrics_of(workdir) if "loss_g" in line]
+
+
 def state_like(config):
     trainer = make_trainer(config)
     images = np.ones((1, 8, 8, 1), np.float32)
@@ -77,8 +81,7 @@ def test_the_result(finished, table):
 
 
 def test_the_metrics(finished):
-    lines = metrics_of(finished[0])
-    training = [line for line in lines if "loss_g" in line]
+    lines, training = metrics_of(finished[0]), training_lines(finished[0])
     assert [line["step"] for line in training] == [3, 4, 6, 8, 9, 12]
     assert [line["epoch"] for line in training] == [0, 1, 1, 2, 2, 3]
     assert [line["lr_s"] for line in training] == pytest.approx([1e-3] * 4 + [1e-4] * 2)
@@ -310,14 +313,14 @@ def test_a_run_that_is_no_longer_finite_stops_before_it_is_saved(finished, tmp_p
     words = ("step 7: ", "not finite", "newest checkpoint is of step 4", "--config.on_nonfinite=skip")
     with at_step(6, spoil_generator), one_line_error(RunError, *words):
         train_and_evaluate(config, tmp_path)
-    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in training_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert "4" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
     config.on_nonfinite = "skip"  # which the run may go on with
     with at_step(9, spoil_generator):
         result = train_and_evaluate(config, tmp_path)
     assert result["skipped_steps"] == 3  # the generator stays as it was spoiled
-    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 13))
-    assert metrics_of(tmp_path)[-1]["loss_g"] is None
+    assert [line["step"] for line in training_lines(tmp_path)] == list(range(1, 13))
+    assert training_lines(tmp_path)[-1]["loss_g"] is None
 
 
 @pytest.mark.slow
