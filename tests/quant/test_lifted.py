@@ -89,6 +89,7 @@ def compositions(draw):
     return tuple(draw(st.lists(part, min_size=1, max_size=3)))
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(parts=compositions(), seed=st.integers(0, 2**31 - 1), data=st.data())
 def test_composed_models(parts, seed, data):
