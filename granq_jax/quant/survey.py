@@ -220,7 +220,10 @@ def _survey(call: _Call) -> Survey:
         of_arrays, arrays = over_arrays(run, *arguments)
         jax.eval_shape(of_arrays, *arrays)
 
-    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, _Array) else x for x in call.leaves]
+    leaves = [  # NumPy's float64 is float32 to JAX, unless it is told otherwise
+        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) if isinstance(x, _Array) else x
+        for x in call.leaves
+    ]
     arguments = jax.tree.unflatten(call.tree, leaves)
     trace(lambda variables: variables)
     shapes = _shapes(arguments[0])
