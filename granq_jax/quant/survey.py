@@ -220,10 +220,7 @@ def _survey(call: _Call) -> Survey:
         of_arrays, arrays = over_arrays(run, *arguments)
         jax.eval_shape(of_arrays, *arrays)
 
-    leaves = [  # NumPy's float64 is float32 to JAX, unless it is told otherwise
-        jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) if isinstance(x, _Array) else x
-        for x in call.leaves
-    ]
+    leaves = [_shape(x) if isinstance(x, _Array) else x for x in call.leaves]
     arguments = jax.tree.unflatten(call.tree, leaves)
     trace(lambda variables: variables)
     shapes = _shapes(arguments[0])
@@ -241,6 +238,12 @@ def _survey(call: _Call) -> Survey:
         unknown,
         any(level != levels[0] for level in levels),
     )
+
+
+def _shape(x):
+    """Shape and dtype of ``x`` as JAX takes it: NumPy's float64 is float32 to it, unless it is told otherwise."""
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype if is_key else jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
