@@ -40,7 +40,9 @@ def page(out: Path) -> str:
         "Left out": _left_out(out),
     }
     text = {title: "\n".join(lines) for title, lines in sections.items()}
-    return HEAD + "".join(f"\n## {title}\n\n{body or 'Not measured.'}\n" for title, body in text.items())
+    about = out / "README.md"  # of files that were not all made in one go
+    head = HEAD + (f"\n{about.read_text()}" if about.is_file() else "")
+    return head + "".join(f"\n## {title}\n\n{body or 'Not measured.'}\n" for title, body in text.items())
 
 
 def of_part(part: str, out: Path) -> str:
