@@ -145,7 +145,7 @@ def test_a_teacher_without_batch_norm_is_refused_unless_bns_is_off():
     model = nn.Sequential([nn.Conv(4, (3, 3)), Activation(), lambda x: x.mean((1, 2)), nn.Dense(10)])
     variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
     trainer = dataclasses.replace(make_trainer(), model=model)
-    with one_line_error(ValueError, "LossSettings.gamma", "1.0", "BatchNorm"):
+    with one_line_error(ValueError, "LossSettings.gamma", "1.0", "no batch norm"):
         JointRun(trainer, variables, jax.local_devices()).advance(warmup=True)
     without = dataclasses.replace(trainer, losses=LossSettings(gamma=0.0))
     metrics = JointRun(without, variables, jax.local_devices()).advance(warmup=True)
