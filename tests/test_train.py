@@ -223,7 +223,16 @@ def assert_equal_runs(ours, theirs):
     assert records[0] == records[1]
 
 
+@pytest.fixture
+def interrupts_as_in_a_terminal():
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("interrupts_as_in_a_terminal")
 @pytest.mark.parametrize(("signum", "status", "step"), [(signal.SIGTERM, 143, 7), (signal.SIGINT, 130, 4)])
 def test_a_run_that_was_interrupted_ends_as_if_it_was_not(finished, tmp_path, signum, status, step):
     with (
