@@ -65,11 +65,11 @@ import dataclasses, jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_compilation_cache", False)
 from granq_jax.gpu_check.kernels import Case, compiled_row
-from granq_jax.kernels import backend, sweeps
+from granq_jax.kernels import sweeps, triton
 case = Case("fake_quant", (16, 7, 7, 64), "float32")
 assert not compiled_row(case, "h100").faults
 rows = case.tiling.tile_rows
-sweeps.Block.place = lambda self, tile: sweeps.Place(backend.ds(tile * rows, rows), None)
+sweeps.Block.place = lambda self, tile: sweeps.Place(triton.ds(tile * rows, rows), None)
 assert compiled_row(dataclasses.replace(case, activation="relu"), "h100").faults
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
