@@ -57,7 +57,10 @@ def test_cases_are_those_of_the_networks():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the gpu-check extra")
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="needs the gpu-check extra",
+)
 def test_a_kernel_that_pads_is_found_out():
     """49 pixels in tiles of 16 without a mask: what the check must see."""
     script = """
