@@ -165,12 +165,12 @@ def _remat(eqn, operands):
 
 
 def _scan(eqn, operands):
-    inner, n_consts, n_carry = (eqn.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
-    consts, carry, xs = operands[:n_consts], operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
+    inner = eqn.params["jaxpr"]
+    consts, carry, xs = scan_operands(eqn, operands)
 
     def body(carry, xs):
         outputs, records = _evaluated(inner.jaxpr, inner.consts, [*consts, *carry, *xs])
-        return outputs[:n_carry], (outputs[n_carry:], records)
+        return outputs[: len(carry)], (outputs[len(carry) :], records)
 
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     carry, (ys, stacked) = jax.lax.scan(body, carry, xs, length, reverse, eqn.params["unroll"])
@@ -184,6 +184,19 @@ _EVALUATED = {"jit": _jit, "pjit": _jit, "checkpoint": _remat, "remat2": _remat,
 def _marks(eqn: Any) -> bool:
     """Whether anything is marked in the programs that an equation holds."""
     return any(inner.primitive is mark_p or _marks(inner) for program in programs(eqn.params) for inner in program.eqns)
+
+
+def scan_operands(eqn: Any, operands: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Those of a scan that are the same in each step, its first carry, and what it has for each step.
+
+    What is for each step has one axis less inside; that tells them apart in every version of JAX, whose names for their
+    numbers change.
+    """
+    (body,) = programs(eqn.params)
+    n_xs = sum(x.aval.ndim != a_step.aval.ndim for x, a_step in zip(eqn.invars, body.invars, strict=True))
+    n_carry = sum(y.aval.ndim == of_a_step.aval.ndim for y, of_a_step in zip(eqn.outvars, body.outvars, strict=True))
+    n_consts = len(operands) - n_carry - n_xs
+    return operands[:n_consts], operands[n_consts:][:n_carry], operands[n_consts + n_carry :]
 
 
 def programs(params: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from granq_jax.quant.collecting import mark_p, programs
+from granq_jax.quant.collecting import mark_p, programs, scan_operands
 
 # What moves or picks values, and makes no new ones.
 _MOVES = frozenset(
@@ -52,7 +52,7 @@ def _followed(jaxpr: jex.Jaxpr, holds_levels: Sequence[bool]) -> tuple[list[bool
         elif eqn.primitive.name in _MOVES:
             results = [all(of_operands)] * len(eqn.outvars)
         elif eqn.primitive.name == "scan":
-            results, of_steps = _scan(inner[0], eqn.params, of_operands)
+            results, of_steps = _scan(eqn, inner[0], of_operands)
             found += of_steps
         elif len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):
             results, of_call = _followed(inner[0], of_operands)
@@ -61,13 +61,12 @@ def _followed(jaxpr: jex.Jaxpr, holds_levels: Sequence[bool]) -> tuple[list[bool
     return [holds(atom) for atom in jaxpr.outvars], found
 
 
-def _scan(body, params, of_operands):
+def _scan(eqn, body, of_operands):
     """What holds in every step: a carry holds levels if it does at the beginning, and after a step if before it."""
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
-    consts, carry, xs = of_operands[:n_consts], of_operands[n_consts:][:n_carry], of_operands[n_consts + n_carry :]
+    consts, carry, xs = scan_operands(eqn, of_operands)
     while True:
         results, found = _followed(body, [*consts, *carry, *xs])
         after = [before and result for before, result in zip(carry, results, strict=False)]
         if after == carry:
-            return results, found * params["length"]
+            return results, found * eqn.params["length"]
         carry = after
