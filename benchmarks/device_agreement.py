@@ -27,11 +27,11 @@ import numpy as np
 
 from granq_jax import Generator, OptimizerSettings, QuantSpec, Trainer
 from granq_jax.config import default_config
-from granq_jax.joint_run import JointRun
-from granq_jax.metrics import LOSSES
+from granq_jax.distill.joint_run import JointRun
 from granq_jax.models.registry import network
-from granq_jax.processes import join
-from granq_jax.teachers import load_teacher
+from granq_jax.runs.metrics import LOSSES
+from granq_jax.runtime.processes import join
+from granq_jax.teachers.load import load_teacher
 
 
 def teacher_of(name):

@@ -17,7 +17,7 @@ import numpy as np
 from joint_step import CONFIGS
 from turns import FORMATS, OURS, beside_pytorch, measure_in_turns
 
-from granq_jax.data import DATASETS
+from granq_jax.data.datasets import DATASETS
 from granq_jax.models.registry import network as registered
 
 
@@ -32,10 +32,10 @@ def ours(network, count, batch):
     import jax.numpy as jnp
 
     from granq_jax import load_config
-    from granq_jax.build import make_trainer
-    from granq_jax.devices import halve_cpu
-    from granq_jax.evaluate import student_accuracy
-    from granq_jax.splits import MemorySplit
+    from granq_jax.data.splits import MemorySplit
+    from granq_jax.runs.accuracy import student_accuracy
+    from granq_jax.runs.build import make_trainer
+    from granq_jax.runtime.devices import halve_cpu
 
     halve_cpu([batch])
     config = load_config(CONFIGS[network])

@@ -37,6 +37,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # where tools/ lies
 PAGE = "gpu_measured.md"
 # Of each part its module, the function there, and the minutes that it would like to have.
 PARTS = {

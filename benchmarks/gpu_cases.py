@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from granq_jax.kernels import codes, out_channel, sample_channel
 
-from granq_jax.gpu_check.kernels import BITS, DTYPES, Case, cases
+from tools.gpu_check.kernels import BITS, DTYPES, Case, cases
 
 # Shapes that no tile divides, or hardly any: few pixels and channels, odd ones, two sweeps with a rest.
 RAGGED = (

@@ -15,10 +15,10 @@ import numpy as np
 from gpu_common import Compiler, Context, named, random_arrays, reason
 
 from granq_jax import QuantSpec, create_model, load_config, load_torch, quantize
-from granq_jax.gpu_check.kernels import BITS
 from granq_jax.models.registry import network
 from granq_jax.quant.fake_quant import FrozenNorm, norm_act_fake_quant
-from granq_jax.teachers import load_teacher
+from granq_jax.teachers.load import load_teacher
+from tools.gpu_check.kernels import BITS
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet20_cifar10", "resnet18", "resnet20_cifar100", "mobilenetv2_w1", "resnet50")

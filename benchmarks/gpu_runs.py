@@ -153,7 +153,7 @@ def _random_teacher(config, directory):
     code = (
         "import sys, jax, jax.numpy as jnp\n"
         "from granq_jax import load_config\n"
-        "from granq_jax.checkpoint import save_variables\n"
+        "from granq_jax.runs.checkpoint import save_variables\n"
         "from granq_jax.models.registry import network\n"
         "from pathlib import Path\n"
         "info = network(load_config(sys.argv[1]).network)\n"

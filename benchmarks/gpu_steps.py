@@ -165,7 +165,7 @@ def prepare(side: str, job: Job, rehearsal: bool):
 def _ours(side, job, rehearsal):
     import jax
 
-    from granq_jax.gpu_check.hlo import moved_bytes
+    from tools.gpu_check.hlo import moved_bytes
 
     impl = "xla" if side == XLA else "pallas_interpret" if rehearsal else "auto"
     run = joint_run(job.network, job.batch, impl, job.precision)

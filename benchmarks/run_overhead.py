@@ -22,9 +22,10 @@ WAYS = ("bare", "run")
 
 def take(way, steps, cache):
     """Prints the milliseconds a step of ``steps`` steps, and the seconds of a run's first look."""
-    from granq_jax import load_config, train
-    from granq_jax.compilation_cache import use_compilation_cache
-    from granq_jax.devices import halve_cpu
+    from granq_jax import load_config
+    from granq_jax.modes import train
+    from granq_jax.runtime.compilation_cache import use_compilation_cache
+    from granq_jax.runtime.devices import halve_cpu
 
     config = load_config("paper/cifar10_w3a3")
     config.eval, config.steps_per_epoch, config.warmup_epochs = "none", steps * 2 // 5, 1
@@ -61,9 +62,9 @@ def take(way, steps, cache):
 def bare(config, workdir, first, last):
     import jax
 
-    from granq_jax.build import make_trainer
-    from granq_jax.joint_run import JointRun
-    from granq_jax.teachers import load_teacher
+    from granq_jax.distill.joint_run import JointRun
+    from granq_jax.runs.build import make_trainer
+    from granq_jax.teachers.load import load_teacher
 
     run = JointRun(make_trainer(config), load_teacher(config, workdir), jax.devices())
     while run.step < last:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from granq_jax.config import flat, load_config
-from granq_jax.record import write_text
+from granq_jax.files.writing import write_text
 
 ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "results" / "table.csv", ROOT / "docs" / "results.md"

@@ -1,7 +1,7 @@
 """GranQ's arithmetic in PyTorch, as its users run it: what the other benchmarks compare with.
 
 The networks are pytorchcv's, the quantizer the formula of :mod:`granq_jax.quant.affine` vectorized
-over (sample, channel), the losses those of :mod:`granq_jax.losses`. Student and teacher are separate
+over (sample, channel), the losses those of :mod:`granq_jax.distill.losses`. Student and teacher are separate
 forward passes, and so are the student's for the generator's loss and for its own, as in the released
 code. Where PyTorch offers a choice the faster way is taken: minimum and maximum of contiguous maps
 in one pass, mean and variance in one pass, gradients of the generator's loss for the generator only,

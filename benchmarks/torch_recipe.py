@@ -19,9 +19,9 @@ import torch
 from torch_baseline import MEMORY_FORMATS, Evaluation, JointStep
 
 from granq_jax.config import load_config
-from granq_jax.data import load_split
-from granq_jax.teachers import load_teacher
-from granq_jax.torch_import import torch_name
+from granq_jax.data.datasets import load_split
+from granq_jax.teachers.load import load_teacher
+from granq_jax.teachers.torch_import import torch_name
 
 
 def torch_weights(network, variables):

@@ -13,20 +13,19 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from granq_jax.checks import Check
-from granq_jax.checks import betas as _betas
-from granq_jax.checks import choice as _choice
-from granq_jax.checks import decay as _decay
-from granq_jax.checks import for_channels as _for_channels
-from granq_jax.checks import increasing_epochs as _increasing_epochs
-from granq_jax.checks import real as _real
-from granq_jax.checks import text as _text
-from granq_jax.checks import truth as _truth
-from granq_jax.checks import whole as _whole
-from granq_jax.data import DATASETS
+from granq_jax.data.datasets import DATASETS
+from granq_jax.distill.trainer import OBJECTIVES, ON_NONFINITE, STUDENT_OPTIMIZERS
+from granq_jax.errors import Check
+from granq_jax.errors import betas as _betas
+from granq_jax.errors import choice as _choice
+from granq_jax.errors import decay as _decay
+from granq_jax.errors import for_channels as _for_channels
+from granq_jax.errors import increasing_epochs as _increasing_epochs
+from granq_jax.errors import real as _real
+from granq_jax.errors import text as _text
+from granq_jax.errors import truth as _truth
+from granq_jax.errors import whole as _whole
 from granq_jax.models.registry import NETWORKS
-from granq_jax.paths import expanded
-from granq_jax.platforms import PRECISIONS
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
 from granq_jax.quant.spec import (
     ACT_GRANULARITIES,
@@ -39,7 +38,8 @@ from granq_jax.quant.spec import (
     WEIGHT_RANGES,
     QuantSpec,
 )
-from granq_jax.trainer import OBJECTIVES, ON_NONFINITE, STUDENT_OPTIMIZERS
+from granq_jax.runtime.paths import expanded
+from granq_jax.runtime.platforms import PRECISIONS
 
 TRAIN_A_TEACHER = "train"
 SCHEDULES = ("steps", "cosine")

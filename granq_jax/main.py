@@ -22,18 +22,19 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from granq_jax import processes
-from granq_jax.compilation_cache import use_compilation_cache
 from granq_jax.config import check_config, check_setting_exists, load_config, run_name
-from granq_jax.devices import check_platforms, halve_cpu
-from granq_jax.evaluate import SUBJECTS, evaluate_run
-from granq_jax.export import export_run
-from granq_jax.methods import METHODS, set_method
-from granq_jax.paths import expanded
-from granq_jax.profiling import profile
-from granq_jax.stopping import Interrupted, RunError, interruptible
-from granq_jax.train import train_and_evaluate
-from granq_jax.train_teacher import train_teacher
+from granq_jax.distill.methods import METHODS, set_method
+from granq_jax.modes.evaluate import SUBJECTS, evaluate_run
+from granq_jax.modes.export import export_run
+from granq_jax.modes.profile import profile
+from granq_jax.modes.train import train_and_evaluate
+from granq_jax.modes.train_teacher import train_teacher
+from granq_jax.runs import names
+from granq_jax.runtime import processes
+from granq_jax.runtime.compilation_cache import use_compilation_cache
+from granq_jax.runtime.devices import check_platforms, halve_cpu
+from granq_jax.runtime.paths import expanded
+from granq_jax.runtime.stopping import Interrupted, RunError, interruptible
 
 MODES: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train_and_evaluate,
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_compilation_cache(options.compilation_cache)
         suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
         workdir = expanded(options.workdir or Path("runs") / f"{run_name(options.config)}{suffix}", "--workdir")
-        saved = workdir / "config.json"
+        saved = workdir / names.CONFIG
         # A run is evaluated and exported with the settings it was trained with.
         source = saved if options.mode in _OF_A_RUN and os.path.isfile(saved) else options.config
         if source is None:

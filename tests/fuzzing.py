@@ -2,7 +2,7 @@
 
 By default each runs a few examples, the same every time. For long, with new ones::
 
-    GRANQ_JAX_FUZZ_MINUTES=10 pytest tests/test_fuzz.py tests/test_fuzz_checkpoint.py
+    GRANQ_JAX_FUZZ_MINUTES=10 pytest tests/test_fuzz.py tests/runs/test_fuzz_checkpoint.py
 """
 
 import functools

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import granq_jax.quant.transform
-import granq_jax.teachers
+import granq_jax.teachers.load
 from granq_jax import Generator, QuantSpec, Trainer, create_model, load_config, load_torch, quantize
-from granq_jax.build import make_trainer
-from granq_jax.data import load_split
-from granq_jax.evaluate import float_accuracy, student_accuracy
-from granq_jax.export.run import export_pixels_program
+from granq_jax.data.datasets import load_split
+from granq_jax.modes.export import export_pixels_program
+from granq_jax.runs.accuracy import float_accuracy, student_accuracy
+from granq_jax.runs.build import make_trainer
 
 DATA = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere"))
 NAME = "resnet20_cifar10"
@@ -38,7 +38,7 @@ def test_teacher(real):
 
 def test_the_bundled_teacher_is_as_accurate_as_its_card_says(real):
     _, split = real
-    bundled = Path(granq_jax.teachers.__file__).parent / "bundled"
+    bundled = Path(granq_jax.teachers.load.__file__).parent / "bundled"
     (claimed,) = re.findall(r"top-1 ([\d.]+) %", (bundled / "README.md").read_text())
     evaluate = float_accuracy(create_model(NAME), split, 200, jax.local_devices())
     accuracy = evaluate(load_torch(NAME, bundled / f"{NAME}.safetensors"))
@@ -58,7 +58,7 @@ def test_an_exported_program_answers_as_the_student_does(real):
     """Of 1,000 images 99.9 %, with the bundled teacher's weights at W3A3; from pixels."""
     _, split = real
     config = load_config("paper/cifar10_w3a3")
-    trainer, teacher = make_trainer(config), granq_jax.teachers.load_teacher(config, Path())
+    trainer, teacher = make_trainer(config), granq_jax.teachers.load.load_teacher(config, Path())
     program = export_pixels_program(trainer, split.dataset, teacher)
     student = jax.jit(lambda x: quantize(trainer.model, trainer.spec, impl="xla").apply(teacher, x))
     parts = np.split(split.images[:1000], 5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from granq_jax.data import load_split
+from granq_jax.data.datasets import load_split
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (DOCS / "own_model.md").read_text(), re.DOTALL | re.MULTILINE)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from granq_jax import load_torch
 from granq_jax import main as command
 from granq_jax.config import CHECKS, check_config, default_config
+from tests.files.test_tensor_files import KEY, NAME, npy, npz, safetensors_file, state_dict
 from tests.fuzzing import NUMBERS, damaged, fuzz
 from tests.pth_files import Call, Raw, Tensor, legacy, pickled, tensors_of, zipped
-from tests.test_tensor_files import KEY, NAME, npy, npz, safetensors_file, state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # files have long reprs
 CONFIG = Path(__file__).parents[1] / "configs" / "digits_w3a3.py"

@@ -54,7 +54,7 @@ import granq_jax
 from granq_jax import fake_quant
 print(fake_quant(jnp.array([[0.0, 0.9, 2.2, 3.0]]), bits=2).tolist())
 import granq_jax.main, granq_jax.report
-from granq_jax.record import peak_rss_mb
+from granq_jax.runs.record import peak_rss_mb
 print(peak_rss_mb())
 """
 

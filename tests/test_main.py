@@ -10,7 +10,7 @@ import pytest
 
 from granq_jax import main as command
 from granq_jax.main import main
-from granq_jax.stopping import Interrupted, RunError
+from granq_jax.runtime.stopping import Interrupted, RunError
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from granq_jax import Generator, LossSettings, OptimizerSettings, QuantSpec, Trainer, fake_quant, losses, quantize
-from granq_jax.data import load_split
-from granq_jax.joint_run import zero_shot_quantize
-from granq_jax.pretrain import PretrainSettings, pretrain
+from granq_jax import Generator, LossSettings, OptimizerSettings, QuantSpec, Trainer, fake_quant, quantize
+from granq_jax.data.datasets import load_split
+from granq_jax.distill import losses
+from granq_jax.distill.joint_run import zero_shot_quantize
+from granq_jax.distill.joint_step import apply_with_moments, sample_noise, update
+from granq_jax.distill.trainer import evaluation_mode
 from granq_jax.quant import in_full_precision
-from granq_jax.step import apply_with_moments, sample_noise, update
-from granq_jax.trainer import evaluation_mode
+from granq_jax.teachers.training import PretrainSettings, pretrain
 from tests.conftest import one_line_error
 
 SPEC = QuantSpec(weight_bits=3, act_bits=3, placement="operand")

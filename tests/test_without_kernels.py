@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from granq_jax import create_model
-from granq_jax.checkpoint import save_variables
+from granq_jax.runs.checkpoint import save_variables
 
 # Neither under its public name nor under the one that Pallas itself imports it by.
 GONE = """

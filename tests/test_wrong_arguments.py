@@ -24,11 +24,11 @@ from granq_jax import (
     zero_shot_quantize,
     zoo,
 )
-from granq_jax.data import load_split
+from granq_jax.data.datasets import load_split
 from granq_jax.export import export_program
-from granq_jax.pretrain import PretrainSettings, pretrain
+from granq_jax.teachers.training import PretrainSettings, pretrain
 from tests.conftest import one_line_error
-from tests.test_tensor_files import state_dict
+from tests.files.test_tensor_files import state_dict
 
 
 class NoLayers(nn.Module):

@@ -14,8 +14,8 @@ import pytest
 import safetensors.numpy
 
 from granq_jax import main as command
+from tests.files.test_tensor_files import state_dict
 from tests.pth_files import tensors_of, zipped
-from tests.test_tensor_files import state_dict
 
 DIGITS = "--config=digits_w3a3"
 RUN = f"--workdir={Path('new') / 'run'}"

@@ -22,9 +22,10 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from granq_jax.checks import check_choice
+from granq_jax.errors import check_choice
 from granq_jax.export.bits import pack, unpack
-from granq_jax.paths import expanded
+from granq_jax.files.tensor_files import MAX_HEADER_BYTES, joined, open_safetensors, split_name
+from granq_jax.files.writing import write_bytes
 from granq_jax.quant import (
     RANGES,
     Layout,
@@ -36,8 +37,7 @@ from granq_jax.quant import (
 )
 from granq_jax.quant.affine import affine_values
 from granq_jax.quant.weights import plain_layouts, quantize_weight
-from granq_jax.record import write_bytes
-from granq_jax.tensor_files import MAX_HEADER_BYTES, joined, open_safetensors, split_name
+from granq_jax.runtime.paths import expanded
 
 _FORMAT = 1
 _KEY = "granq_jax"

@@ -11,7 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from granq_jax.checks import check_choice
+from granq_jax.errors import check_choice
 from granq_jax.export.packed import weight_codes, weight_values
 from granq_jax.quant import QuantSpec, quantize, without_weights
 

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from granq_jax.checks import is_whole
-from granq_jax.models.convolution import convolve
+from granq_jax.errors import is_whole
 from granq_jax.models.layers import batch_moments
-from granq_jax.models.reductions import over_pixels
-from granq_jax.platforms import by_platform
+from granq_jax.ops.convolution import convolve
+from granq_jax.ops.reductions import over_pixels
+from granq_jax.runtime.platforms import by_platform
 
 
 def _uniform_fan_in(key, shape, dtype=jnp.float32):

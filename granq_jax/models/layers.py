@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from granq_jax.models.convolution import convolve
-from granq_jax.models.reductions import channel_means, over_pixels
+from granq_jax.ops.convolution import convolve
+from granq_jax.ops.reductions import channel_means, over_pixels
 
 NORM_EPSILON = 1e-5
 ACTIVATIONS = {"relu": nn.relu, "relu6": nn.relu6}

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from granq_jax.models.convolution import convolve
 from granq_jax.models.layers import ConvNormAct
+from granq_jax.ops.convolution import convolve
 
 
 class InvertedResidualUnit(nn.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.models.layers import ConvNormAct
-from granq_jax.models.pooling import max_pool
+from granq_jax.ops.pooling import max_pool
 
 
 class BasicUnit(nn.Module):

@@ -26,7 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from granq_jax.checks import check_choice
+from granq_jax.errors import check_choice
 from granq_jax.kernels import MIN_RANGE
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
 from granq_jax.quant.spec import check_bits, granularity_of, kept_axes

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from granq_jax.kernels.lowered import NoKernelError as NoKernelError
 from granq_jax.kernels.lowered import kernel_or
-from granq_jax.platforms import on_cpus_only
+from granq_jax.runtime.platforms import on_cpus_only
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
 KERNEL_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)

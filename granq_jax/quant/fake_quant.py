@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from granq_jax.checks import check_choice
+from granq_jax.errors import check_choice
 from granq_jax.models.layers import ACTIVATIONS, frozen_norm
 from granq_jax.quant.affine import (
     affine,

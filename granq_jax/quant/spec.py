@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from granq_jax.checks import check_choice, is_whole
+from granq_jax.errors import check_choice, is_whole
 
 MIN_BITS, MAX_BITS = 2, 8
 

@@ -22,7 +22,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from granq_jax.checks import check_choice
+from granq_jax.errors import check_choice
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
 from granq_jax.quant import integer
 from granq_jax.quant.affine import QuantizedArray, quantize_codes

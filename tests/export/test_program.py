@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from granq_jax import QuantSpec, create_model, quantize
-from granq_jax.data import DATASETS
+from granq_jax.data.datasets import DATASETS
 from granq_jax.export import export_program
 from tests.conftest import one_line_error
 

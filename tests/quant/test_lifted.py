@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granq_jax import QuantSpec, quantize
+from granq_jax.distill.joint_step import apply_with_moments
 from granq_jax.quant import in_full_precision, quantize_params
-from granq_jax.step import apply_with_moments
 from tests.conftest import one_line_error
 from tests.quant.models import Composed, Part, lifted_variables, plain_variables
 

@@ -1,0 +1,1 @@
+"""What the command does: train, evaluate, train_teacher, profile, export."""

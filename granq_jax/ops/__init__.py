@@ -1,0 +1,1 @@
+"""Operations in the form that a platform runs fastest, each equal to the plain one."""

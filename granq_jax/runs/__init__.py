@@ -1,0 +1,1 @@
+"""A run's directory: files, lock, checkpoints, metrics, notes, record of starts."""

@@ -1,0 +1,1 @@
+"""What the package asks of the machine: devices, processes, signals, progress, memory, caches."""
