@@ -53,7 +53,7 @@ import jax.numpy as jnp
 import granq_jax
 from granq_jax import fake_quant
 print(fake_quant(jnp.array([[0.0, 0.9, 2.2, 3.0]]), bits=2).tolist())
-import granq_jax.main, granq_jax.report
+import granq_jax.main, granq_jax.report.__main__
 from granq_jax.runs.record import peak_rss_mb
 print(peak_rss_mb())
 """

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from granq_jax.models import reductions
 from granq_jax.models.layers import batch_moments
+from granq_jax.ops import reductions
 from granq_jax.ops.reductions import channel_means, channel_sums, over_pixels
 
 # Pixels that halve many times, that are odd, a prime number, too few for two stages, none.

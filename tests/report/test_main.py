@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from granq_jax.report import main
+from granq_jax.report.__main__ import main
 from tests.report.run_files import write_run
 
 

@@ -13,8 +13,8 @@ from granq_jax.export import load_packed, save_packed
 from granq_jax.modes.evaluate import evaluate_run
 from granq_jax.modes.profile import profile
 from granq_jax.modes.train_teacher import train_teacher
-from granq_jax.report import main as report
 from granq_jax.report import read_run
+from granq_jax.report.__main__ import main as report
 from granq_jax.runtime.compilation_cache import use_compilation_cache
 from granq_jax.runtime.paths import expanded
 from granq_jax.teachers.load import check_teacher
