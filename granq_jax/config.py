@@ -15,7 +15,7 @@ from ml_collections.config_dict import RequiredValueError
 
 from granq_jax.data.datasets import DATASETS
 from granq_jax.distill.trainer import OBJECTIVES, ON_NONFINITE, STUDENT_OPTIMIZERS
-from granq_jax.errors import Check
+from granq_jax.errors import Check, InputError
 from granq_jax.errors import betas as _betas
 from granq_jax.errors import choice as _choice
 from granq_jax.errors import decay as _decay
@@ -146,7 +146,7 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
         the bare name of a config that comes with the package.
 
     Raises:
-      ValueError: if there is none of that name; it lists those there are.
+      InputError: if there is none of that name; it lists those there are.
 
     Examples:
       >>> config = load_config("cifar10_w4a4")
@@ -158,12 +158,12 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
         path = Path(str(_CONFIGS / f"{name}.py"))
     if path.suffix not in (".py", ".json") or not os.path.isfile(path):  # which, unlike Path's, takes any name
         names = ", ".join(config_names())
-        raise ValueError(f"config: got {str(name)!r}, allowed are paths of .py or .json files that exist, and {names}")
+        raise InputError(f"config: got {str(name)!r}, allowed are paths of .py or .json files that exist, and {names}")
     if path.suffix == ".json":
         return _from_json(path)
     module_spec = importlib.util.spec_from_file_location(f"granq_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"config: {str(path)!r} cannot be loaded as a Python module")
+        raise InputError(f"config: {str(path)!r} cannot be loaded as a Python module")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -171,9 +171,9 @@ def load_config(name: str | os.PathLike) -> ConfigDict:
         if isinstance(config, ConfigDict):
             config.lock()
     except (Exception, SystemExit) as error:  # it is the user's code, which may fail in any way
-        raise ValueError(f"config: {str(path)!r} fails: {type(error).__name__}: {error}") from error
+        raise InputError(f"config: {str(path)!r} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"config: get_config() of {str(path)!r} gives {type(config).__name__}, allowed is ConfigDict")
+        raise InputError(f"config: get_config() of {str(path)!r} gives {type(config).__name__}, allowed is ConfigDict")
     return config
 
 
@@ -182,7 +182,7 @@ def _from_json(path: Path) -> ConfigDict:
     try:
         values = dict(flat(json.loads(path.read_text())))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"config: {str(path)!r} is not a run's config.json: {error}") from None
+        raise InputError(f"config: {str(path)!r} is not a run's config.json: {error}") from None
     for key, value in values.items():
         check_setting_exists(key)
         with config.ignore_type():  # the check before a run names what is wrong
@@ -293,13 +293,13 @@ CHECKS: dict[str, Check] = {
 
 
 def check_setting_exists(key: str) -> None:
-    """Raises a ``ValueError`` that lists all settings if ``key`` (``quant.act_bits``) is not one."""
+    """Raises an ``InputError`` that lists all settings if ``key`` (``quant.act_bits``) is not one."""
     if key not in CHECKS:
-        raise ValueError(f"config.{key}: there is no such setting; allowed are {', '.join(CHECKS)}")
+        raise InputError(f"config.{key}: there is no such setting; allowed are {', '.join(CHECKS)}")
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises a ``ValueError`` that names the first setting that is not allowed.
+    """Raises an ``InputError`` that names the first setting that is not allowed.
 
     Examples:
       >>> config = default_config()
@@ -307,77 +307,77 @@ def check_config(config: ConfigDict) -> None:
       >>> check_config(config)
       Traceback (most recent call last):
       ...
-      ValueError: config.quant.weight_bits: got 9, allowed are whole numbers from 2 to 8
+      granq_jax.errors.InputError: config.quant.weight_bits: got 9, allowed are whole numbers from 2 to 8
     """
     try:
         values = dict(flat(config))
     except RequiredValueError as error:
-        raise ValueError(f"config: {error}") from None
+        raise InputError(f"config: {error}") from None
     for key in values:
         check_setting_exists(key)
     for key, (holds, allowed) in CHECKS.items():
         if key not in values:
-            raise ValueError(f"config.{key}: not set, allowed are {allowed}")
+            raise InputError(f"config.{key}: not set, allowed are {allowed}")
         if not holds(values[key]):
-            raise ValueError(f"config.{key}: got {values[key]!r}, allowed are {allowed}")
+            raise InputError(f"config.{key}: got {values[key]!r}, allowed are {allowed}")
     if config.loss.lambda_lower > config.loss.lambda_upper:
-        raise ValueError(
+        raise InputError(
             f"config.loss.lambda_lower: got {config.loss.lambda_lower}, "
             f"allowed are numbers up to config.loss.lambda_upper, {config.loss.lambda_upper}"
         )
     if config.quant.act_ranges == "moving_average":
         if config.quant.act_granularity not in KEPT_GRANULARITIES:
-            raise ValueError(
+            raise InputError(
                 f"config.quant.act_granularity: got {config.quant.act_granularity!r} with config.quant.act_ranges "
                 f"'moving_average', allowed are {', '.join(map(repr, KEPT_GRANULARITIES))}"
             )
         if not config.warmup_epochs:
-            raise ValueError(
+            raise InputError(
                 "config.warmup_epochs: got 0 with config.quant.act_ranges 'moving_average', whose ranges are measured "
                 "in the warm-up; allowed are whole numbers from 1"
             )
     if config.student.schedule == "cosine" and config.warmup_epochs >= config.epochs:
-        raise ValueError(
+        raise InputError(
             f"config.student.schedule: got 'cosine' with config.warmup_epochs {config.warmup_epochs} of config.epochs "
             f"{config.epochs}, which leave the student no step; allowed is 'steps'"
         )
     if config.warmup_epochs > config.epochs:
-        raise ValueError(
+        raise InputError(
             f"config.warmup_epochs: got {config.warmup_epochs}, "
             f"allowed are whole numbers up to config.epochs, {config.epochs}"
         )
     steps = config.epochs * config.steps_per_epoch
     if steps > _MOST_STEPS:
-        raise ValueError(
+        raise InputError(
             f"config.epochs: got {config.epochs} of {config.steps_per_epoch} steps, "
             f"allowed are up to {_MOST_STEPS} steps in all"
         )
     if config.profile.steps and config.profile.start + config.profile.steps > steps:
-        raise ValueError(
+        raise InputError(
             f"config.profile.start: got {config.profile.start} with config.profile.steps {config.profile.steps}, "
             f"allowed are traces that end within the run's {steps} steps"
         )
     training = config.teacher_training
     if training.small_epochs > training.epochs:
-        raise ValueError(
+        raise InputError(
             f"config.teacher_training.small_epochs: got {training.small_epochs}, "
             f"allowed are whole numbers up to config.teacher_training.epochs, {training.epochs}"
         )
     network, dataset = NETWORKS[config.network], DATASETS[config.dataset]
     for what in ("classes", "image_size", "channels"):
         if getattr(network, what) != getattr(dataset, what):
-            raise ValueError(
+            raise InputError(
                 f"config.dataset: got {config.dataset!r} with {what} {getattr(dataset, what)}, but config.network, "
                 f"{config.network!r}, allows {what} {getattr(network, what)} only"
             )
     for what in ("mean", "std"):
         if len(config[what]) not in (0, dataset.channels):
-            raise ValueError(
+            raise InputError(
                 f"config.{what}: got {config[what]}, allowed are {dataset.channels} numbers, one for each channel of "
                 f"{config.dataset}, and ()"
             )
     if training.small_epochs and training.small_size > dataset.image_size:
-        raise ValueError(
+        raise InputError(
             f"config.teacher_training.small_size: got {training.small_size}, "
             f"allowed are whole numbers up to the {dataset.image_size} pixels of {config.dataset}"
         )

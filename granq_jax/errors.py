@@ -1,15 +1,49 @@
-"""What values of settings and arguments are allowed, each as a test and as the words that say it."""
+"""The two ways in which things go wrong, and what values of settings and arguments are allowed.
+
+:class:`InputError` is for what the user gave, :class:`RunError` for what happened. The command exits with status 2 for
+the first, with 1 for the second; any other exception is a fault of the package, and is shown with its trace.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 Check = tuple[Callable[[Any], bool], str]
+
+
+class InputError(ValueError):
+    """What was given cannot be used: the message names it, and says what was given and what is allowed."""
+
+
+class InputTypeError(InputError, TypeError):
+    """What was given is of a type that cannot be used."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, for a reason that is not in its code; its last checkpoint is intact."""
+
+
+@contextlib.contextmanager
+def reading_input() -> Iterator[None]:
+    """Within, what cannot be read or imported was given by the user: an ``OSError`` becomes an :class:`InputError`.
+
+    Examples:
+      >>> with reading_input():
+      ...     open("/nowhere")
+      Traceback (most recent call last):
+      ...
+      granq_jax.errors.InputError: [Errno 2] No such file or directory: '/nowhere'
+    """
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise InputError(str(error)) from error
 
 
 def whole(low: int, high: int | None = None) -> Check:
@@ -78,7 +112,7 @@ def increasing_epochs() -> Check:
 
 
 def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
-    """Raises a ``ValueError`` that names the first attribute of ``owner`` that is not allowed.
+    """Raises an ``InputError`` that names the first attribute of ``owner`` that is not allowed.
 
     NumPy's numbers among those that are become Python's, which JAX does not promote to their dtypes.
 
@@ -87,22 +121,22 @@ def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
       >>> check_fields(types.SimpleNamespace(bits=1), {"bits": whole(2, 8)})
       Traceback (most recent call last):
       ...
-      ValueError: SimpleNamespace.bits: got 1, allowed are whole numbers from 2 to 8
+      granq_jax.errors.InputError: SimpleNamespace.bits: got 1, allowed are whole numbers from 2 to 8
     """
     for field, (holds, allowed) in checks.items():
         value = getattr(owner, field)
         if not holds(value):
-            raise ValueError(f"{type(owner).__name__}.{field}: got {value!r}, allowed are {allowed}")
+            raise InputError(f"{type(owner).__name__}.{field}: got {value!r}, allowed are {allowed}")
         plain = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
         if plain is not value:
             object.__setattr__(owner, field, plain)  # it may be a frozen dataclass
 
 
 def check_choice(field: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raises a ``ValueError`` naming ``field`` if ``value`` is not one of ``allowed``."""
+    """Raises an ``InputError`` naming ``field`` if ``value`` is not one of ``allowed``."""
     holds, words = choice(*allowed)
     if not holds(value):
-        raise ValueError(f"{field}: got {value!r}, allowed are {words}")
+        raise InputError(f"{field}: got {value!r}, allowed are {words}")
 
 
 _MAX = 1.7976931348623157e308

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from granq_jax.config import check_config, check_setting_exists, load_config, run_name
 from granq_jax.distill.methods import METHODS, set_method
+from granq_jax.errors import InputError, RunError, reading_input
 from granq_jax.modes.evaluate import SUBJECTS, evaluate_run
 from granq_jax.modes.export import export_run
 from granq_jax.modes.profile import profile
@@ -34,7 +35,7 @@ from granq_jax.runtime import processes
 from granq_jax.runtime.compilation_cache import use_compilation_cache
 from granq_jax.runtime.devices import check_platforms, halve_cpu
 from granq_jax.runtime.paths import expanded
-from granq_jax.runtime.stopping import Interrupted, RunError, interruptible
+from granq_jax.runtime.stopping import Interrupted, interruptible
 
 MODES: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train_and_evaluate,
@@ -87,47 +88,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("absl", "asyncio", "concurrent.futures"):  # Orbax has traces logged of errors that it also raises
         logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
     try:
-        options, overrides = parser.parse_known_args(argv)
-        if options.subject is not None and options.mode != "evaluate":
-            raise ValueError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
-        if options.method is not None and options.mode not in _BY_METHOD:
-            raise ValueError(f"--method: got {options.method!r}, allowed with --mode={' or '.join(_BY_METHOD)} only")
-        if options.overwrite and options.mode != "train":
-            raise ValueError("--overwrite: allowed with --mode=train only")
-        if options.config is None and (options.mode not in _OF_A_RUN or options.workdir is None):
-            raise ValueError("--config: not given, allowed are a config's path or name (or the --workdir of a run)")
-        use_compilation_cache(options.compilation_cache)
-        suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
-        workdir = expanded(options.workdir or Path("runs") / f"{run_name(options.config)}{suffix}", "--workdir")
-        saved = workdir / names.CONFIG
-        # A run is evaluated and exported with the settings it was trained with.
-        source = saved if options.mode in _OF_A_RUN and os.path.isfile(saved) else options.config
-        if source is None:
-            raise ValueError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
-        config = load_config(source)
-        if options.method is not None:
-            set_method(config, options.method)
-        config = _overridden(config, overrides)
-        arguments: dict[str, Any] = {}
-        if options.mode == "evaluate":
-            arguments["subject"] = options.subject or ""
-        elif options.mode == "train":
-            arguments["overwrite"] = options.overwrite
-            arguments["command"] = shlex.join(sys.orig_argv if argv is None else ["granq_jax.main", *argv])
-        address = (options.coordinator_address, options.num_processes, options.process_id)
-        if options.distributed or any(value is not None for value in address):
-            processes.join(*address)
-        else:
-            check_config(config)
-            halve_cpu([config.batch_size, config.eval_batch_size, config.teacher_training.batch_size])
-        check_platforms()
+        with reading_input():
+            options, overrides = parser.parse_known_args(argv)
+            if options.subject is not None and options.mode != "evaluate":
+                raise InputError(f"--subject: got {options.subject!r}, allowed with --mode=evaluate only")
+            if options.method is not None and options.mode not in _BY_METHOD:
+                raise InputError(
+                    f"--method: got {options.method!r}, allowed with --mode={' or '.join(_BY_METHOD)} only"
+                )
+            if options.overwrite and options.mode != "train":
+                raise InputError("--overwrite: allowed with --mode=train only")
+            if options.config is None and (options.mode not in _OF_A_RUN or options.workdir is None):
+                raise InputError("--config: not given, allowed are a config's path or name (or the --workdir of a run)")
+            use_compilation_cache(options.compilation_cache)
+            suffix = _WORKDIR_SUFFIXES.get(options.mode, "")
+            workdir = expanded(options.workdir or Path("runs") / f"{run_name(options.config)}{suffix}", "--workdir")
+            saved = workdir / names.CONFIG
+            # A run is evaluated and exported with the settings it was trained with.
+            source = saved if options.mode in _OF_A_RUN and os.path.isfile(saved) else options.config
+            if source is None:
+                raise InputError(f"--workdir: got {str(workdir)!r}, but there is no run in it")
+            config = load_config(source)
+            if options.method is not None:
+                set_method(config, options.method)
+            config = _overridden(config, overrides)
+            arguments: dict[str, Any] = {}
+            if options.mode == "evaluate":
+                arguments["subject"] = options.subject or ""
+            elif options.mode == "train":
+                arguments["overwrite"] = options.overwrite
+                arguments["command"] = shlex.join(sys.orig_argv if argv is None else ["granq_jax.main", *argv])
+            address = (options.coordinator_address, options.num_processes, options.process_id)
+            if options.distributed or any(value is not None for value in address):
+                processes.join(*address)
+            else:
+                check_config(config)
+                halve_cpu([config.batch_size, config.eval_batch_size, config.teacher_training.batch_size])
+            check_platforms()
         with interruptible():
             result = MODES[options.mode](config, workdir, **arguments)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except InputError as error:
         return _end(f"error: {error}", 2)
     except Interrupted as interrupted:
         return _end(str(interrupted), interrupted.exit_status)
-    except RunError as error:
+    except (RunError, OSError) as error:
         _end(f"error: {error}", 1)
         return processes.leave(1) if jax.distributed.is_initialized() else 1
     except Exception as error:
@@ -148,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raises a ``ValueError``, where ``argparse`` prints how the command is used and exits."""
-        raise ValueError(message)
+        """Raises an ``InputError``, where ``argparse`` prints how the command is used and exits."""
+        raise InputError(message)
 
 
 def _end(line: str, status: int) -> int:
@@ -164,7 +168,7 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     for argument in overrides:
         key, equals, _ = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
-            raise ValueError(f"arguments: got {argument!r}, allowed are --config.KEY=VALUE and those of --help")
+            raise InputError(f"arguments: got {argument!r}, allowed are --config.KEY=VALUE and those of --help")
         check_setting_exists(key)
     values = flags.FlagValues()
     argv = ["main", *overrides]
@@ -172,7 +176,7 @@ def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except Exception as error:  # of many kinds: what failed is a value, or a config that leaves the setting out
-        raise ValueError(f"arguments: {error}") from None
+        raise InputError(f"arguments: {error}") from None
     return holder.value
 
 

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from granq_jax import main as command
+from granq_jax.errors import RunError
 from granq_jax.main import main
-from granq_jax.runtime.stopping import Interrupted, RunError
+from granq_jax.runtime.stopping import Interrupted
 
 
 @pytest.fixture

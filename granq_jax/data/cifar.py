@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from granq_jax.data.splits import Dataset, MemorySplit
+from granq_jax.errors import InputError
 from granq_jax.files.pickles import NUMPY, PickledArray, as_bytes, as_text, unpickle
 from granq_jax.files.tensor_files import open_tensors
 
@@ -37,10 +38,10 @@ def _pickled(label: str) -> Callable[[bytes], tuple[Any, Any]]:
     def read(content: bytes) -> tuple[Any, Any]:
         held = unpickle(io.BytesIO(content), NUMPY)
         if type(held) is not dict:
-            raise ValueError("it holds no dictionary")
+            raise InputError("it holds no dictionary")
         entries = {as_text(key): value for key, value in held.items()}
         if missing := {"data", label} - entries.keys():
-            raise ValueError(f"it holds no {' and no '.join(map(repr, sorted(missing)))}")
+            raise InputError(f"it holds no {' and no '.join(map(repr, sorted(missing)))}")
         return _array(entries["data"]), _array(entries[label])
 
     return read
@@ -60,7 +61,7 @@ def _binary(labels: int) -> Callable[[bytes], tuple[Any, Any]]:
 
     def read(content: bytes) -> tuple[Any, Any]:
         if len(content) % (labels + _PIXELS):
-            raise ValueError(f"it has {len(content)} bytes, allowed are multiples of {labels + _PIXELS}")
+            raise InputError(f"it has {len(content)} bytes, allowed are multiples of {labels + _PIXELS}")
         records = np.frombuffer(content, np.uint8).reshape(-1, labels + _PIXELS)
         return records[:, labels:], records[:, labels - 1]
 
@@ -96,7 +97,7 @@ def load_cifar(name: str, dataset: Dataset, split: str, data_dir: str) -> Memory
         layouts of :func:`looked_for`, as a folder or directly.
 
     Raises:
-      ValueError: for files that do not hold what they should, or do not hold all of it.
+      InputError: for files that do not hold what they should, or do not hold all of it.
       OSError: if one cannot be read.
     """
     root = Path(data_dir)
@@ -113,7 +114,7 @@ def load_cifar(name: str, dataset: Dataset, split: str, data_dir: str) -> Memory
             if known and not incomplete:
                 incomplete = f"{str(folder)!r} holds {known[0]} but no {', '.join(missing)}"
     if incomplete:
-        raise ValueError(f"config.data_dir: {incomplete}")
+        raise InputError(f"config.data_dir: {incomplete}")
     return None
 
 
@@ -132,13 +133,13 @@ def _of_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         with open_tensors(path) as tensors:
             wanted = f"x_{split}", f"y_{split}"
             if type(tensors) is not dict:
-                raise ValueError("it is a pickle")
+                raise InputError("it is a pickle")
             if missing := [key for key in wanted if key not in tensors]:
                 held = ", ".join(sorted(tensors)[:10]) or "nothing"
-                raise ValueError(f"it holds no {' and no '.join(missing)}, only {held}")
+                raise InputError(f"it holds no {' and no '.join(missing)}, only {held}")
             images, labels = (tensors[key] for key in wanted)
             if images.dtype != "uint8" or not labels.dtype.startswith(("int", "uint")):  # before they are read
-                raise ValueError(
+                raise InputError(
                     f"x_{split} is of {images.dtype} and y_{split} of {labels.dtype}, allowed are "
                     "images of uint8 and labels that are whole numbers"
                 )
@@ -146,7 +147,7 @@ def _of_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # what is no zip file, or damaged, shows in many ways
-        raise ValueError(f"config.data_dir: {str(path)!r} cannot be read as an .npz file of images: {error}") from error
+        raise InputError(f"config.data_dir: {str(path)!r} cannot be read as an .npz file of images: {error}") from error
 
 
 def _of_archive(dataset: Dataset, layout: _Layout, folder: Path, split: str) -> MemorySplit:
@@ -157,9 +158,9 @@ def _of_archive(dataset: Dataset, layout: _Layout, folder: Path, split: str) -> 
         try:
             images, labels = layout.read(content)
             if images.size % _PIXELS or images.dtype != np.uint8:
-                raise ValueError(f"its data are {images.size} numbers of {images.dtype}, allowed are images of uint8")
+                raise InputError(f"its data are {images.size} numbers of {images.dtype}, allowed are images of uint8")
         except Exception as error:  # damage shows in many ways
-            raise ValueError(
+            raise InputError(
                 f"config.data_dir: {str(path)!r} is no batch of {layout.folder}, or damaged: {error}"
             ) from error
         parts.append(_checked(dataset, str(path), images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels))
@@ -170,14 +171,14 @@ def _of_archive(dataset: Dataset, layout: _Layout, folder: Path, split: str) -> 
 def _checked(dataset: Dataset, place: str, images: np.ndarray, labels: np.ndarray) -> MemorySplit:
     if images.shape[1:] != dataset.image_shape or not len(images):
         allowed = ", ".join(map(str, dataset.image_shape))
-        raise ValueError(f"config.data_dir: {place!r} holds images of shape {images.shape}, allowed is (N, {allowed})")
+        raise InputError(f"config.data_dir: {place!r} holds images of shape {images.shape}, allowed is (N, {allowed})")
     if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "iu":
-        raise ValueError(
+        raise InputError(
             f"config.data_dir: {place!r} holds labels of shape {labels.shape} and dtype {labels.dtype}, "
             f"allowed are {len(images)} whole numbers"
         )
     if labels.min() < 0 or labels.max() >= dataset.classes:
-        raise ValueError(
+        raise InputError(
             f"config.data_dir: {place!r} holds labels from {labels.min()} to {labels.max()}, "
             f"allowed are 0 to {dataset.classes - 1}"
         )

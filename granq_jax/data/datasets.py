@@ -17,7 +17,7 @@ import PIL.Image
 
 from granq_jax.data.cifar import load_cifar, looked_for
 from granq_jax.data.splits import Dataset, EncodedSplit, MemorySplit, Split
-from granq_jax.errors import check_choice
+from granq_jax.errors import InputError, check_choice
 from granq_jax.runtime.paths import expanded
 
 _IMAGENET = Dataset(1000, 224, 3, 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -69,7 +69,7 @@ def load_split(
       std: likewise.
 
     Raises:
-      ValueError: if the data set cannot be had. The message says what to do.
+      InputError: if the data set cannot be had. The message says what to do.
 
     Examples:
       >>> split = load_split("digits", "test")
@@ -91,7 +91,7 @@ def _load(name: str, split: str, data_dir: str) -> Split:
             return _load_folder(split, data_dir)
         found = load_cifar(name, DATASETS[name], split, data_dir) if name in _CIFAR and data_dir else None
     except OSError as error:
-        raise ValueError(f"config.data_dir: {data_dir!r} cannot be read: {error}") from error
+        raise InputError(f"config.data_dir: {data_dir!r} cannot be read: {error}") from error
     return _load_tfds(name, split, data_dir) if found is None else found
 
 
@@ -117,13 +117,13 @@ def _load_folder(split: str, data_dir: str) -> EncodedSplit:
     dataset = DATASETS["image_folder"]
     root = Path(data_dir)
     if data_dir == "" or not os.path.isdir(root):
-        raise ValueError(f"config.data_dir: got {data_dir!r}, allowed is a directory that holds an image folder")
+        raise InputError(f"config.data_dir: got {data_dir!r}, allowed is a directory that holds an image folder")
     parts = [root / part for part in ("train", "val") if (root / part).is_dir()]
     if split == "train" or root / "val" in parts:
         root = root / {"train": "train", "test": "val"}[split]
     folders = _class_folders(root)
     if len(folders) != dataset.classes:
-        raise ValueError(
+        raise InputError(
             f"config.data_dir: {str(root)!r} holds {len(folders)} class folders, allowed are {dataset.classes}"
             f"{_recognised(root)}"
         )
@@ -131,7 +131,7 @@ def _load_folder(split: str, data_dir: str) -> EncodedSplit:
     for other in parts:
         names = {folder.name for folder in _class_folders(other)}
         if different := sorted(names ^ classes.keys() if names else ()):
-            raise ValueError(
+            raise InputError(
                 f"config.data_dir: the class folders of {str(other)!r} are not those of {str(root)!r}, so that a label "
                 f"would mean another class: only one of them holds {', '.join(different[:3])}"
             )
@@ -142,7 +142,7 @@ def _load_folder(split: str, data_dir: str) -> EncodedSplit:
         if path.suffix.lower() in _IMAGE_SUFFIXES
     ]
     if not files:
-        raise ValueError(
+        raise InputError(
             f"config.data_dir: {str(root)!r} holds no image in CLASS/, allowed are {', '.join(sorted(_IMAGE_SUFFIXES))}"
             f"{_recognised(root / next(iter(classes)))}"
         )
@@ -170,7 +170,7 @@ def _in_order(root: Path, folders: list[Path]) -> dict[str, int]:
     names = [folder.name for folder in folders]
     if all(name.isdecimal() and name.isascii() for name in names):
         if sorted(map(int, names)) != list(range(len(names))):
-            raise ValueError(
+            raise InputError(
                 f"config.data_dir: the class folders of {str(root)!r} are named by numbers, which are labels if they "
                 f"go from 0 to {len(names) - 1}, but go from {min(map(int, names))} to {max(map(int, names))}: "
                 "the order of the classes is not known; name them by their labels"
@@ -179,7 +179,7 @@ def _in_order(root: Path, folders: list[Path]) -> dict[str, int]:
     by_number = sorted(names, key=_parts)
     if names != by_number:
         place = next(place for place, name in enumerate(names) if name != by_number[place])
-        raise ValueError(
+        raise InputError(
             f"config.data_dir: the order of the class folders of {str(root)!r} is not clear: as text, "
             f"{names[place]!r} comes before {by_number[place]!r}, by number after it; fill the numbers in the names up "
             "with zeros, in the order of the labels"
@@ -238,7 +238,7 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
         if data_dir and not prepares and not os.path.isdir(Path(data_dir) / name):
             # TFDS, which may not even be installed, would find nothing there.
             packed = _archives(Path(data_dir))
-            raise ValueError(
+            raise InputError(
                 f"it holds {packed[0]}, which has to be unpacked"
                 if packed
                 else f"it holds no {name}/ and nothing else that is looked for"
@@ -248,28 +248,28 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Split:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         if not builder.is_prepared():
             if not prepares:
-                raise ValueError("it is not prepared there, and preparing it needs TensorFlow")
+                raise InputError("it is not prepared there, and preparing it needs TensorFlow")
             builder.download_and_prepare()
         tfds_split = _TFDS_SPLITS.get(name, {}).get(split, split)
         if tfds_split not in builder.info.splits:
-            raise ValueError(f"it has no split {tfds_split!r}, only {', '.join(builder.info.splits)}")
+            raise InputError(f"it has no split {tfds_split!r}, only {', '.join(builder.info.splits)}")
         dataset, classes = DATASETS[name], builder.info.features["label"].num_classes
         if classes != dataset.classes:
-            raise ValueError(f"it has {classes} classes instead of {dataset.classes}")
+            raise InputError(f"it has {classes} classes instead of {dataset.classes}")
         source = builder.as_data_source(split=tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
 
         def read(indices):
             return [(example["image"], int(example["label"])) for example in source.__getitems__(indices)]
 
         if len(source) == 0:
-            raise ValueError(f"its split {tfds_split!r} is empty")
+            raise InputError(f"its split {tfds_split!r} is empty")
         if name in _TFDS_SPLITS:
             return EncodedSplit(dataset, len(source), read, lambda index: f"image {index} of {name}")
         encoded, labels = zip(*read(range(len(source))), strict=True)
         images = np.stack([np.asarray(PIL.Image.open(io.BytesIO(image))) for image in encoded])
         if images.dtype != np.uint8 or images.shape[1:] != dataset.image_shape:
-            raise ValueError(f"its images are of shape {images.shape[1:]} and dtype {images.dtype}")
+            raise InputError(f"its images are of shape {images.shape[1:]} and dtype {images.dtype}")
         return MemorySplit(dataset, images, np.array(labels, np.int32))
     except Exception as error:  # whatever TFDS, the disk or the network met, the way out is the same
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"config.data_dir: {name} cannot be read from {place}: {reason}. {remedy}") from error
+        raise InputError(f"config.data_dir: {name} cannot be read from {place}: {reason}. {remedy}") from error

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import PIL.Image
 
-from granq_jax.runtime.stopping import RunError
+from granq_jax.errors import InputError, RunError
 
 T = TypeVar("T")
 Batch = tuple[np.ndarray, np.ndarray]
@@ -205,10 +205,10 @@ def _in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > _LARGEST_GREY:
-            raise ValueError(f"its grey goes from {grey.min()} to {grey.max()}, allowed are 0 to {_LARGEST_GREY}")
+            raise InputError(f"its grey goes from {grey.min()} to {grey.max()}, allowed are 0 to {_LARGEST_GREY}")
         image = PIL.Image.fromarray(np.round(grey / (_LARGEST_GREY / 255)).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("its pixels are real numbers, of which white is not known")
+        raise InputError("its pixels are real numbers, of which white is not known")
     return image.convert("RGB")
 
 

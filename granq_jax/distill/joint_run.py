@@ -14,6 +14,7 @@ import numpy as np
 
 from granq_jax.distill.joint_step import CHECKED, mapped_step
 from granq_jax.distill.trainer import Trainer, TrainState, Variables, evaluation_mode
+from granq_jax.errors import InputError
 from granq_jax.quant import quantize
 from granq_jax.runtime.compilation_cache import COMPILED_FAST
 from granq_jax.runtime.devices import place, sample_index, settle
@@ -120,7 +121,7 @@ def zero_shot_quantize(
       devices: to spread the batch over; by default all, those of other processes included.
 
     Raises:
-      ValueError: if the batch does not divide evenly over the devices, or no epoch is left after
+      InputError: if the batch does not divide evenly over the devices, or no epoch is left after
         the warm-up, or if generator, model and teacher do not fit together, or if what the model returns are
         not logits.
       NonFiniteError: for a step with a loss or parameter that is not finite, unless
@@ -128,9 +129,9 @@ def zero_shot_quantize(
     """
     o = trainer.optimizers
     if type(epochs) is not int or epochs <= o.warmup_epochs:
-        raise ValueError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
+        raise InputError(f"epochs: got {epochs!r}, allowed are whole numbers above the warm-up's {o.warmup_epochs}")
     if o.cosine_epochs not in (0, epochs):
-        raise ValueError(
+        raise InputError(
             f"epochs: got {epochs}, allowed is OptimizerSettings.cosine_epochs, {o.cosine_epochs}, "
             "at whose end the student's rate is zero"
         )
@@ -153,13 +154,13 @@ def _boxed_as(teacher: Variables, student: Variables) -> Variables:
 
 
 def _check_fit(trainer: Trainer, teacher: Variables) -> None:
-    """Raises a ``ValueError`` if the model cannot label what the generator makes with the teacher's variables."""
+    """Raises an ``InputError`` if the model cannot label what the generator makes with the teacher's variables."""
     if not isinstance(teacher, Mapping) or "params" not in teacher:
-        raise ValueError(f"teacher: got {type(teacher).__name__}, allowed are variables with a collection 'params'")
+        raise InputError(f"teacher: got {type(teacher).__name__}, allowed are variables with a collection 'params'")
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(teacher)):
         if not np.isfinite(np.asarray(leaf)).all():
             where = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"teacher: {where} holds NaN or infinity, allowed are finite numbers")
+            raise InputError(f"teacher: {where} holds NaN or infinity, allowed are finite numbers")
     generator, model, mode = trainer.generator, trainer.model, evaluation_mode(trainer.model)
     shape = generator.image_size, generator.image_size, generator.channels
     images = jax.ShapeDtypeStruct((2, *shape), trainer.dtype)
@@ -167,14 +168,14 @@ def _check_fit(trainer: Trainer, teacher: Variables) -> None:
         logits = jax.eval_shape(lambda v, x: model.apply(v, x, **mode), dict(teacher), images)
     except Exception as error:  # whatever Flax and the model itself say
         reason = " ".join(str(error).split())
-        raise ValueError(f"teacher: the model cannot take it, or images of shape {images.shape}: {reason}") from error
+        raise InputError(f"teacher: the model cannot take it, or images of shape {images.shape}: {reason}") from error
     if not hasattr(logits, "shape"):
-        raise ValueError(
+        raise InputError(
             f"Trainer.model: {type(model).__name__} returns a {type(logits).__name__}, allowed is one array of logits "
             "(N, C); wrap it in a module whose call returns the logits alone"
         )
     if logits.shape != (2, generator.classes):
-        raise ValueError(
+        raise InputError(
             f"Generator.classes: got {generator.classes}, but the model's logits of two images have the shape "
             f"{logits.shape}"
         )
@@ -183,7 +184,7 @@ def _check_fit(trainer: Trainer, teacher: Variables) -> None:
 
 
 def _check_logits(trainer: Trainer, teacher: Variables, shape: tuple[int, int, int]) -> None:
-    """Raises a ``ValueError`` if what the model returns are probabilities."""
+    """Raises an ``InputError`` if what the model returns are probabilities."""
     mode = evaluation_mode(trainer.model)
     images = np.random.default_rng(0).standard_normal((_IMAGES_LOOKED_AT, *shape)).astype(trainer.dtype)
     apply = jax.jit(lambda v, x: trainer.model.apply(v, x, **mode), compiler_options=COMPILED_FAST)
@@ -191,7 +192,7 @@ def _check_logits(trainer: Trainer, teacher: Variables, shape: tuple[int, int, i
     add_up_to_1 = (outputs >= 0).all() and np.allclose(outputs.sum(-1), 1, atol=0.02)
     if add_up_to_1 or ((outputs > 0) & (outputs < 1)).all():
         function = "softmax" if add_up_to_1 else "sigmoid"
-        raise ValueError(
+        raise InputError(
             f"Trainer.model: {type(trainer.model).__name__} returns probabilities, from 0 to 1, allowed are logits, as "
             f"they are before the {function}: leave that out of the model, or wrap it in a module that returns the log "
             "of the probabilities"

@@ -28,6 +28,7 @@ import optax
 from granq_jax.distill.losses import wide
 from granq_jax.distill.objectives import feature_maps, generator_loss, student_loss
 from granq_jax.distill.trainer import AVERAGE, Trainer, TrainState, Variables, evaluation_mode, random_key
+from granq_jax.errors import InputError
 from granq_jax.models.layers import batch_moments, moments_of_all
 from granq_jax.quant import RANGES, QuantizedModel, in_full_precision, quantize
 from granq_jax.runtime.devices import AXIS, SMALL, mean_over_devices
@@ -98,7 +99,7 @@ def _batch_norm_statistics(module: nn.Module, x: jax.Array) -> dict[str, jax.Arr
     mean, var = (own[name] for name in names)
     axis = getattr(module, "axis", -1)
     if axis not in (-1, x.ndim - 1):
-        raise ValueError(f"BatchNorm.axis: got {axis} at {'/'.join(module.path)}, allowed is -1")
+        raise InputError(f"BatchNorm.axis: got {axis} at {'/'.join(module.path)}, allowed is -1")
     has_parts = any(isinstance(part, Mapping) or part.ndim > 1 for part in variables.get("params", {}).values())
     if has_parts or mean.shape != x.shape[-1:]:
         return None
@@ -119,7 +120,7 @@ def statistics_names(collection: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _check_all_seen(trainer: Trainer, batch_stats: Variables, moments: Variables) -> None:
-    """Raises a ``ValueError`` if there are statistics that the generator would not be guided by."""
+    """Raises an ``InputError`` if there are statistics that the generator would not be guided by."""
     seen = {path[:-1] for path in flax.traverse_util.flatten_dict(moments)}
     unseen = dict.fromkeys(
         "/".join(path[:-1])
@@ -127,7 +128,7 @@ def _check_all_seen(trainer: Trainer, batch_stats: Variables, moments: Variables
         if any(part in path[-1].lower() for part in ("mean", "var")) and path[:-1] not in seen
     )
     if trainer.losses.gamma and unseen:
-        raise ValueError(
+        raise InputError(
             f"LossSettings.gamma: got {trainer.losses.gamma}, but of the teacher's batch norms these were not seen: "
             f"{', '.join(unseen)}; allowed is 0, or a model in which each is a module of its own, called on (N, ..., C)"
         )
@@ -170,7 +171,7 @@ def update(
       ``trainer.on_nonfinite`` is ``"skip"``, such a step changes nothing but counters.
 
     Raises:
-      ValueError: if the model's logits do not fit the generator's classes.
+      InputError: if the model's logits do not fit the generator's classes.
     """
     generator = trainer.generator.copy(axis_name=axis_name)
     quantized = quantize(trainer.model, trainer.spec, impl=trainer.impl, axis_name=axis_name)
@@ -206,7 +207,7 @@ def update(
         lambda params, images=images: run_student(params, images), *to_learn, has_aux=True
     )
     if t.shape != (len(labels), generator.classes):
-        raise ValueError(
+        raise InputError(
             f"Generator.classes: got {generator.classes}, but {type(trainer.model).__name__} turns a batch of "
             f"{len(labels)} images into an array of shape {t.shape}; allowed is its number of classes"
         )
@@ -262,7 +263,7 @@ def update(
 def _checked_logits(trainer: Trainer, logits: Any) -> jax.Array:
     """Logits as the losses take them: an array, in float32 at least."""
     if not hasattr(logits, "shape"):
-        raise ValueError(
+        raise InputError(
             f"Trainer.model: {type(trainer.model).__name__} returns a {type(logits).__name__}, allowed is one array of "
             "logits (N, C); wrap it in a module whose call returns the logits alone"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from granq_jax.errors import check_choice
+from granq_jax.errors import InputError, check_choice
 
 _GRANQ: Mapping[str, Any] = {
     "quant.act_granularity": "sample_channel",
@@ -35,7 +35,7 @@ def set_method(config: ConfigDict, method: str) -> None:
     """Gives ``config`` the settings of ``method``; all others stay as they are.
 
     Raises:
-      ValueError: if there is no such method, or ``config`` has no place for its settings.
+      InputError: if there is no such method, or ``config`` has no place for its settings.
 
     Examples:
       >>> from granq_jax import load_config
@@ -49,4 +49,4 @@ def set_method(config: ConfigDict, method: str) -> None:
         with config.unlocked():  # a setting that it leaves out may be one of the method's
             config.update_from_flattened_dict(METHODS[method])
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"method: {method!r} has settings that this config cannot take: {error}") from None
+        raise InputError(f"method: {method!r} has settings that this config cannot take: {error}") from None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from granq_jax.distill import losses
 from granq_jax.distill.trainer import LossSettings, Variables
+from granq_jax.errors import InputError
 
 
 def generator_loss(
@@ -34,7 +35,7 @@ def generator_loss(
       axis_name: mapped axis that splits the batch.
 
     Raises:
-      ValueError: if BNS has a weight but the teacher no batch norm.
+      InputError: if BNS has a weight but the teacher no batch norm.
     """
     if settings.objective == "gdfq":
         hinge = jnp.zeros((), losses.wide(teacher).dtype)
@@ -69,7 +70,7 @@ def generator_loss(
         )
     ]
     if settings.gamma and not calls:
-        raise ValueError(
+        raise InputError(
             f"LossSettings.gamma: got {settings.gamma}, allowed is 0 only: no batch norm was called in the teacher, "
             "whose statistics the term compares"
         )

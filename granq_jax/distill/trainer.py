@@ -17,7 +17,17 @@ import optax
 
 from granq_jax.distill import schedules
 from granq_jax.distill.losses import wide
-from granq_jax.errors import betas, check_choice, check_fields, decay, increasing_epochs, real, whole
+from granq_jax.errors import (
+    InputError,
+    InputTypeError,
+    betas,
+    check_choice,
+    check_fields,
+    decay,
+    increasing_epochs,
+    real,
+    whole,
+)
 from granq_jax.models.generator import Generator
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
@@ -47,7 +57,7 @@ def evaluation_mode(model: nn.Module) -> dict[str, Any]:
     whose names stand in it.
 
     Raises:
-      ValueError: if the call needs another argument beside the images.
+      InputError: if the call needs another argument beside the images.
 
     Examples:
       >>> evaluation_mode(nn.Dense(3)), evaluation_mode(nn.Dropout(0.5))
@@ -60,7 +70,7 @@ def evaluation_mode(model: nn.Module) -> dict[str, Any]:
         named |= set(call.__code__.co_consts)
     needed = [p.name for p in others[1:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if unknown := [name for name in needed if name not in _EVALUATION]:
-        raise ValueError(
+        raise InputError(
             f"Trainer.model: the call of {type(model).__name__} needs {', '.join(unknown)} beside the images, allowed "
             f"are {', '.join(_EVALUATION)}; wrap it in a module whose call gives the rest"
         )
@@ -125,7 +135,7 @@ class OptimizerSettings:
             },
         )
         if 0 < self.cosine_epochs <= self.warmup_epochs:
-            raise ValueError(
+            raise InputError(
                 f"OptimizerSettings.cosine_epochs: got {self.cosine_epochs}, allowed are 0 and whole numbers above "
                 f"warmup_epochs, {self.warmup_epochs}"
             )
@@ -173,7 +183,7 @@ class LossSettings:
         bounds = dict.fromkeys(("lambda_lower", "lambda_upper"), real(0, 1))
         check_fields(self, weights | bounds | {"temperature": real(0, low_open=True)})
         if self.lambda_lower > self.lambda_upper:
-            raise ValueError(
+            raise InputError(
                 f"LossSettings.lambda_lower, lambda_upper: got {self.lambda_lower!r}, {self.lambda_upper!r}, "
                 "allowed are 0 <= lower <= upper <= 1"
             )
@@ -257,14 +267,14 @@ class Trainer:
         }
         for field, kind in kinds.items():
             if not isinstance(value := getattr(self, field), kind):
-                raise TypeError(f"Trainer.{field}: got {type(value).__name__}, allowed is {kind.__name__}")
+                raise InputTypeError(f"Trainer.{field}: got {type(value).__name__}, allowed is {kind.__name__}")
         if self.generator.classes < 2:
-            raise ValueError(
+            raise InputError(
                 f"Generator.classes: got {self.generator.classes}, allowed are whole numbers from 2: softmax over a "
                 "single class is always 1, so that nothing can be learned from it; make two of a logit z, (0, z)"
             )
         if jnp.dtype(self.dtype).name not in ("float32", "float64"):
-            raise ValueError(
+            raise InputError(
                 f"Trainer.dtype: got {jnp.dtype(self.dtype).name}, allowed are float32 and float64: the generator's "
                 "parameters have it too, and cannot learn in less; the model may compute in any"
             )
@@ -272,7 +282,7 @@ class Trainer:
         check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("Trainer.precision", self.precision, PRECISIONS)
         if self.spec.act_ranges == "moving_average" and not self.optimizers.warmup_epochs:
-            raise ValueError(
+            raise InputError(
                 "OptimizerSettings.warmup_epochs: got 0 with QuantSpec.act_ranges='moving_average', whose ranges are "
                 "measured in the warm-up; allowed are whole numbers from 1"
             )

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from granq_jax.errors import InputError, InputTypeError
 from granq_jax.quant.spec import check_bits
 from granq_jax.quant.storage import packed_bytes
 
@@ -22,8 +23,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
       bits left over in the last byte are 0.
 
     Raises:
-      TypeError: if ``codes`` are not int8 or ``bits`` not an integer.
-      ValueError: if ``bits`` or a code is outside its range.
+      InputTypeError: if ``codes`` are not int8 or ``bits`` not an integer.
+      InputError: if ``bits`` or a code is outside its range.
 
     Examples:
       >>> pack(np.array([-4, -3, 3], np.int8), 3).tolist()  # 0 + 1 << 3 + 7 << 6
@@ -32,9 +33,9 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     check_bits("bits", bits)
     codes, half = np.asarray(codes), 2 ** (bits - 1)
     if codes.dtype != np.int8:
-        raise TypeError(f"codes: got dtype {codes.dtype}, allowed is int8")
+        raise InputTypeError(f"codes: got dtype {codes.dtype}, allowed is int8")
     if codes.size and not -half <= codes.min() <= codes.max() < half:
-        raise ValueError(f"codes: got {codes.min()} to {codes.max()}, allowed are {-half} to {half - 1}")
+        raise InputError(f"codes: got {codes.min()} to {codes.max()}, allowed are {-half} to {half - 1}")
     unsigned = (codes.astype(np.int16).ravel() + half).astype(np.uint8)
     return np.packbits(np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
 
@@ -43,8 +44,8 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     """The codes, int8 of ``shape``, of which :func:`pack` made ``packed``.
 
     Raises:
-      TypeError: if ``bits`` is not an integer.
-      ValueError: if ``bits`` is outside its range, or ``packed`` is not what such codes take.
+      InputTypeError: if ``bits`` is not an integer.
+      InputError: if ``bits`` is outside its range, or ``packed`` is not what such codes take.
 
     Examples:
       >>> unpack(np.array([200, 1], np.uint8), 3, (3,)).tolist()
@@ -53,7 +54,7 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     check_bits("bits", bits)
     count = math.prod(shape)
     if packed.dtype != np.uint8 or packed.shape != (packed_bytes(count, bits),):
-        raise ValueError(
+        raise InputError(
             f"packed: got {packed.dtype}{list(packed.shape)}, allowed for {count} codes of {bits} bits are "
             f"uint8[{packed_bytes(count, bits)}]"
         )

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from granq_jax.errors import check_choice
+from granq_jax.errors import InputError, check_choice
 from granq_jax.export.bits import pack, unpack
 from granq_jax.files.tensor_files import MAX_HEADER_BYTES, joined, open_safetensors, split_name
 from granq_jax.files.writing import write_bytes
@@ -68,14 +68,14 @@ def weight_codes(
     Their values are those of :func:`granq_jax.quant.quantize_params` by XLA, bit for bit; ``layouts`` are the same.
 
     Raises:
-      ValueError: if a weight holds NaN or infinity.
+      InputError: if a weight holds NaN or infinity.
     """
     found = {}
     if layouts is None:
         layouts = plain_layouts(params)
         for path, layout in layouts.items():
             if layout.ndim not in (2, 4) and spec.at(path).weight_bits is not None:
-                raise ValueError(
+                raise InputError(
                     f"layouts: got None, but the weight of {path!r} has {layout.ndim} dimensions, of which several may "
                     "be output features or layers; give quantize(model, spec).layouts(variables, images)"
                 )
@@ -85,7 +85,7 @@ def weight_codes(
         if q is None:
             continue
         if not np.isfinite(weight).all():
-            raise ValueError(f"variables: the weight of {path!r} holds NaN or infinity, allowed are finite numbers")
+            raise InputError(f"variables: the weight of {path!r} holds NaN or infinity, allowed are finite numbers")
         found[path] = q
         if not np.array_equal(weight_values(q.codes, q.step, q.zero_point, weight.dtype), expected[path]):
             raise RuntimeError(f"the codes of {path!r} do not stand for what the fake quantizer computes")
@@ -119,7 +119,7 @@ def save_packed(
       The size of the file in bytes.
 
     Raises:
-      ValueError: if a weight holds NaN or infinity, something is no array, or there are more of them than
+      InputError: if a weight holds NaN or infinity, something is no array, or there are more of them than
         a file may describe.
 
     Examples:
@@ -140,7 +140,7 @@ def save_packed(
             empty.append(name)
             continue
         if not isinstance(leaf, np.ndarray | np.generic):
-            raise ValueError(f"variables: {name!r} is a {type(leaf).__name__}, allowed are arrays in dictionaries")
+            raise InputError(f"variables: {name!r} is a {type(leaf).__name__}, allowed are arrays in dictionaries")
         if keys[0] == "params" and keys[-1] == "kernel" and module in codes:
             q = codes[module]
             tensors[name], tensors[name + _RANGES] = pack(np.asarray(q.codes), q.bits), np.stack([q.step, q.zero_point])
@@ -159,7 +159,7 @@ def save_packed(
     }
     content = safetensors.numpy.save(tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
     if (size := int.from_bytes(content[:8], "little")) > MAX_HEADER_BYTES:
-        raise ValueError(
+        raise InputError(
             f"variables: the names and shapes of {len(tensors)} arrays take {size} bytes, allowed are up to "
             f"{MAX_HEADER_BYTES} in a file that can be read again"
         )
@@ -170,7 +170,7 @@ def load_packed(path: str | Path) -> PackedModel:
     """Reads what :func:`save_packed` wrote. Nothing in the file is run.
 
     Raises:
-      ValueError: if it is no such file, or damaged.
+      InputError: if it is no such file, or damaged.
       OSError: if it cannot be read.
     """
     path = expanded(path, "path")
@@ -178,7 +178,7 @@ def load_packed(path: str | Path) -> PackedModel:
         with open_safetensors(path) as file:
             header = json.loads((file.metadata() or {})[_KEY])
             if header["format"] != _FORMAT:
-                raise ValueError(f"format {header['format']!r}, allowed is {_FORMAT}")
+                raise InputError(f"format {header['format']!r}, allowed is {_FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not iterable)
         spec, variables = QuantSpec(**header["spec"]), {}
         for module, (bits, shape, dtype) in header["codes"].items():
@@ -188,7 +188,7 @@ def load_packed(path: str | Path) -> PackedModel:
             step, zero_point = tensors.pop(name + _RANGES)
             # Before they meet: together they could be far larger than either.
             if step.ndim != codes.ndim or any(size not in (1, n) for size, n in zip(step.shape, shape, strict=True)):
-                raise ValueError(f"the ranges of {name!r} are not those of a weight of shape {shape}")
+                raise InputError(f"the ranges of {name!r} are not those of a weight of shape {shape}")
             variables[name] = weight_values(codes, step, zero_point, dtype)
         variables |= tensors
         variables |= dict.fromkeys(header.get("empty", ()), flax.traverse_util.empty_node)
@@ -200,4 +200,4 @@ def load_packed(path: str | Path) -> PackedModel:
         raise
     except Exception as error:  # damage shows in many ways
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{str(path)!r} is not a packed model, or damaged: {reason}") from error
+        raise InputError(f"{str(path)!r} is not a packed model, or damaged: {reason}") from error

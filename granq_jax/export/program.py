@@ -11,7 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from granq_jax.errors import check_choice
+from granq_jax.errors import InputError, check_choice
 from granq_jax.export.packed import weight_codes, weight_values
 from granq_jax.quant import QuantSpec, quantize, without_weights
 
@@ -54,7 +54,7 @@ def export_program(
       months of its releases after the one it was made with; of kernels it promises nothing.
 
     Raises:
-      ValueError: if a weight holds NaN or infinity, or for an ``impl`` that is not allowed.
+      InputError: if a weight holds NaN or infinity, or for an ``impl`` that is not allowed.
 
     Examples:
       >>> model, shape = nn.Sequential([nn.Conv(2, (3, 3)), lambda x: x.mean((1, 2))]), (8, 8, 1)
@@ -65,9 +65,9 @@ def export_program(
     """
     check_choice("impl", impl, ("xla", "pallas"))
     if impl == "pallas" and batch_size is None:
-        raise ValueError("batch_size: got None with impl='pallas', allowed is a whole number")
+        raise InputError("batch_size: got None with impl='pallas', allowed is a whole number")
     if impl == "pallas" and tuple(platforms) != ("cuda",):
-        raise ValueError(f"platforms: got {tuple(platforms)} with impl='pallas', allowed is ('cuda',)")
+        raise InputError(f"platforms: got {tuple(platforms)} with impl='pallas', allowed is ('cuda',)")
     images = jax.ShapeDtypeStruct((1, *image_shape), dtype)
     inputs = jax.eval_shape(prepare, images)
     layouts = quantize(model, spec).layouts(variables, inputs, **call)

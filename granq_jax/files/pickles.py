@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from granq_jax.errors import InputError
+
 _MAX_ARGUMENTS = 8
 _MAX_OPCODES = 1 << 18  # each may make an object; a batch of CIFAR-100 takes 200,000
 _MAX_NUMBER = 1 << 18  # of a key: it is that of a parameter or an epoch
@@ -54,15 +56,15 @@ class PickledArray:
         """Takes what NumPy wrote of the array: version, shape, dtype, whether in Fortran order, numbers."""
         _version, self.shape, dtype, fortran, content = state
         if not isinstance(dtype, _Dtype) or not _is_shape(self.shape):
-            raise ValueError("it describes an array that is none")
+            raise InputError("it describes an array that is none")
         self._numbers = dtype.read()
         self.dtype, self._content = self._numbers.name, as_bytes(content)
         self._order = "F" if fortran else "C"
 
     def read(self) -> np.ndarray:
-        """The array. Raises a ``ValueError`` if there are more or fewer numbers than it has."""
+        """The array. Raises an ``InputError`` if there are more or fewer numbers than it has."""
         if len(self._content) != math.prod(self.shape) * self._numbers.itemsize:
-            raise ValueError(f"it holds another number of bytes than an array of shape {self.shape} takes")
+            raise InputError(f"it holds another number of bytes than an array of shape {self.shape} takes")
         return np.frombuffer(self._content, self._numbers).reshape(self.shape, order=self._order)
 
 
@@ -77,7 +79,7 @@ class _Dtype:
 
     def read(self) -> np.dtype:
         if self._kind[:1] not in ("b", "i", "u", "f") or not self._kind[1:].isdecimal() or self._order not in "<>|=":
-            raise ValueError(f"it holds an array of dtype {self._kind[:20]!r}, allowed are numbers")
+            raise InputError(f"it holds an array of dtype {self._kind[:20]!r}, allowed are numbers")
         return np.dtype(self._kind).newbyteorder(self._order)
 
 
@@ -183,13 +185,13 @@ def unpickle(
         if type(stack[-1]) is dict:
             stack[-1].update(zip(map(key, keys), values, strict=True))
         elif not isinstance(stack[-1], Unread):
-            raise ValueError("it sets an item of something that has none")
+            raise InputError("it sets an item of something that has none")
 
     def append(items: list[Any]) -> None:
         if type(stack[-1]) is list:
             stack[-1].extend(items)
         elif not isinstance(stack[-1], Unread):
-            raise ValueError("it appends to something that is no list")
+            raise InputError("it appends to something that is no list")
 
     def named(name: Any) -> Any:
         return functions[name] if type(name) is str and name in functions else Unread(str(name))
@@ -198,7 +200,7 @@ def unpickle(
         if isinstance(function, Unread):
             return Unread(function.name)
         if not callable(function) or type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
-            raise ValueError("it calls a function in another way than files of its kind do")
+            raise InputError("it calls a function in another way than files of its kind do")
         return function(*arguments)
 
     for opcode, argument, _ in itertools.islice(pickletools.genops(stream), _MAX_OPCODES):
@@ -245,12 +247,12 @@ def unpickle(
             case "STACK_GLOBAL":
                 module, name = popped(2)
                 if type(module) is not str or type(name) is not str:
-                    raise ValueError("it names something by what is no text")
+                    raise InputError("it names something by what is no text")
                 stack.append(named(f"{module} {name}"))
             case "BINPERSID" if persistent is not None:
                 described = stack.pop()
                 if type(described) is not tuple or len(described) > _MAX_ARGUMENTS:
-                    raise ValueError("it describes something outside of it in another way than files of its kind do")
+                    raise InputError("it describes something outside of it in another way than files of its kind do")
                 stack.append(persistent(described))
             case "REDUCE" | "NEWOBJ":
                 stack.append(called(*popped(2)))
@@ -265,5 +267,5 @@ def unpickle(
                 elif isinstance(stack[-1], Unread):
                     stack[-1].state = state
             case _:
-                raise ValueError(f"it has the pickle opcode {opcode.name}, which files of its kind do not have")
-    raise ValueError(f"it has a pickle without an end, or of more than {_MAX_OPCODES} steps")
+                raise InputError(f"it has the pickle opcode {opcode.name}, which files of its kind do not have")
+    raise InputError(f"it has a pickle without an end, or of more than {_MAX_OPCODES} steps")

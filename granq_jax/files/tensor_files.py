@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from granq_jax.errors import InputError
 from granq_jax.files.archives import open_zip
 from granq_jax.files.pickles import NUMPY, unpickle
 
@@ -73,7 +74,7 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> StoredTensor:
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         if version != (1, 0):  # what NumPy writes unless a header is longer than 64 kB
-            raise ValueError(f"{info.filename!r} is of version {version}, allowed is (1, 0)")
+            raise InputError(f"{info.filename!r} is of version {version}, allowed is (1, 0)")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
         start = member.tell()
 
@@ -83,7 +84,7 @@ def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> StoredTensor:
             member.read(start)
             data = member.read(size)
             if len(data) != size or member.read(1):  # reading to the end also checks the checksum
-                raise ValueError(f"{info.filename!r} holds another number of bytes than its shape {shape} takes")
+                raise InputError(f"{info.filename!r} holds another number of bytes than its shape {shape} takes")
         return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
 
     return StoredTensor(shape, dtype.name, read)
@@ -98,7 +99,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     with path.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
     if size > MAX_HEADER_BYTES:
-        raise ValueError(f"its header has {size} bytes, allowed are up to {MAX_HEADER_BYTES}")
+        raise InputError(f"its header has {size} bytes, allowed are up to {MAX_HEADER_BYTES}")
     with safetensors.safe_open(path, framework="numpy") as file:
         yield file
 
@@ -144,7 +145,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with _safetensors(path) as tensors:
             yield tensors
     else:
-        raise ValueError(_other_kind(begin))
+        raise InputError(_other_kind(begin))
 
 
 _BEGIN_BYTES = 512
@@ -164,13 +165,13 @@ def _other_kind(begin: bytes) -> str:
 def _zipped(archive: zipfile.ZipFile) -> Any:
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
-        raise ValueError(
+        raise InputError(
             "it holds a TorchScript program, which would have to run; save the state_dict() of its model instead"
         )
     if any(name.endswith("/data.pkl") for name in names):
         return _zipped_pth(archive)
     if within := [name for name in names if not name.endswith((".npy", "/"))]:
-        raise ValueError(f"it is a zip file that holds {within[0][:_SHOWN]!r}: unpack it")
+        raise InputError(f"it is a zip file that holds {within[0][:_SHOWN]!r}: unpack it")
     return {info.filename.removesuffix(".npy"): _npy(archive, info) for info in archive.infolist()}
 
 
@@ -181,24 +182,24 @@ def _zipped_pth(archive: zipfile.ZipFile) -> Any:
     """What ``torch.save`` writes since PyTorch 1.6: a pickle, and a member for each storage."""
     pickles = [info.filename for info in archive.infolist() if info.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ValueError(f"it is a zip file with {len(pickles)} members data.pkl, allowed is one")
+        raise InputError(f"it is a zip file with {len(pickles)} members data.pkl, allowed is one")
     folder = pickles[0].removesuffix("data.pkl")
 
     def whole(name: str) -> bytes:
         size = archive.getinfo(folder + name).file_size
         if size > MAX_HEADER_BYTES:
-            raise ValueError(f"its member {name} has {size} bytes, allowed are up to {MAX_HEADER_BYTES}")
+            raise InputError(f"its member {name} has {size} bytes, allowed are up to {MAX_HEADER_BYTES}")
         with archive.open(folder + name) as member:
             return member.read(MAX_HEADER_BYTES)
 
     if f"{folder}byteorder" in archive.namelist() and whole("byteorder") != b"little":
-        raise ValueError("its numbers are not in little-endian order")
+        raise InputError("its numbers are not in little-endian order")
 
     @functools.lru_cache(maxsize=1)  # tensors that share a storage follow each other
     def content(key: str) -> bytes:
         info = archive.getinfo(f"{folder}data/{key}")
         if info.compress_type != zipfile.ZIP_STORED:  # stored, it takes no more memory than the file has bytes
-            raise ValueError(f"{info.filename!r} is compressed, which PyTorch's files are not")
+            raise InputError(f"{info.filename!r} is compressed, which PyTorch's files are not")
         return archive.read(info)
 
     def storage(described: tuple[Any, ...]) -> _Storage:
@@ -224,20 +225,20 @@ def _legacy_pth(file: BinaryIO) -> Any:
     def storage(described: tuple[Any, ...]) -> _Storage:
         _kind, dtype, key, _place, size, view = described
         if view is not None:
-            raise ValueError("it holds a storage that is a view of another one")
+            raise InputError("it holds a storage that is a view of another one")
         return storages.setdefault(key, _Storage(dtype, key, size, content))
 
     _magic, _protocol, system, tensors, keys = (unpickle(head, _FUNCTIONS, storage) for _ in range(5))
     if not system["little_endian"]:
-        raise ValueError("its numbers are not in little-endian order")
+        raise InputError("its numbers are not in little-endian order")
     position = head.tell()
     for key in keys:
         if type(key) is not str:
-            raise ValueError("it describes a storage that is none")
+            raise InputError("it describes a storage that is none")
         starts[key] = position
         position += 8 + storages[key].bytes
     if position != end:
-        raise ValueError(f"it has {end} bytes, but its storages end at {position}")
+        raise InputError(f"it has {end} bytes, but its storages end at {position}")
     return tensors
 
 
@@ -246,7 +247,7 @@ class _Storage:
 
     def __init__(self, dtype: Any, key: Any, size: Any, content: Callable[[str], bytes]):
         if not isinstance(dtype, np.dtype) or type(key) is not str or type(size) is not int or size < 0:
-            raise ValueError("it describes a storage that is none")
+            raise InputError("it describes a storage that is none")
         self.dtype, self.size, self.bytes = dtype, size, size * dtype.itemsize
         self._key, self._content = key, content
 
@@ -254,20 +255,20 @@ class _Storage:
         """The numbers, (size,)."""
         content = self._content(self._key)
         if len(content) != self.bytes:
-            raise ValueError(f"storage {self._key!r} has {len(content)} bytes instead of {self.bytes}")
+            raise InputError(f"storage {self._key!r} has {len(content)} bytes instead of {self.bytes}")
         return np.frombuffer(content, self.dtype)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
     if not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple:
-        raise ValueError("it describes a tensor that is none")
+        raise InputError("it describes a tensor that is none")
     if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"it describes a tensor of {len(shape)} dimensions with {len(strides)} strides")
+        raise InputError(f"it describes a tensor of {len(shape)} dimensions with {len(strides)} strides")
     if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
-        raise ValueError("it describes a tensor with an offset, shape or stride that is no whole number from 0")
+        raise InputError("it describes a tensor with an offset, shape or stride that is no whole number from 0")
     reach = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
     if 0 not in shape and reach > storage.size:
-        raise ValueError(f"it describes a tensor that reaches to number {reach} of a storage of {storage.size}")
+        raise InputError(f"it describes a tensor that reaches to number {reach} of a storage of {storage.size}")
 
     def read():
         if 0 in shape:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from granq_jax.errors import is_whole
+from granq_jax.errors import InputError, is_whole
 from granq_jax.models.layers import batch_moments
 from granq_jax.ops.convolution import convolve
 from granq_jax.ops.reductions import over_pixels
@@ -213,7 +213,7 @@ class Generator(nn.Module):
         whole batch.
 
     Raises:
-      ValueError: for an ``image_size`` or ``channels`` that is not allowed.
+      InputError: for an ``image_size`` or ``channels`` that is not allowed.
 
     Examples:
       >>> import jax
@@ -234,11 +234,11 @@ class Generator(nn.Module):
     def __post_init__(self) -> None:
         size = self.image_size
         if not is_whole(size) or size < 4 or size % 4:
-            raise ValueError(f"Generator.image_size: got {size!r}, allowed are positive multiples of 4")
+            raise InputError(f"Generator.image_size: got {size!r}, allowed are positive multiples of 4")
         if not is_whole(self.classes) or self.classes < 1:
-            raise ValueError(f"Generator.classes: got {self.classes!r}, allowed are whole numbers from 1")
+            raise InputError(f"Generator.classes: got {self.classes!r}, allowed are whole numbers from 1")
         if self.channels not in (1, 3):
-            raise ValueError(f"Generator.channels: got {self.channels!r}, allowed are 1 and 3")
+            raise InputError(f"Generator.channels: got {self.channels!r}, allowed are 1 and 3")
         super().__post_init__()
 
     @nn.compact

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from granq_jax.errors import InputError
 from granq_jax.ops.convolution import convolve
 from granq_jax.ops.reductions import channel_means, over_pixels
 
@@ -23,14 +24,14 @@ class Activation(nn.Module):
       kind: ``"relu"`` or ``"relu6"``.
 
     Raises:
-      ValueError: for another kind.
+      InputError: for another kind.
     """
 
     kind: str = "relu"
 
     def __post_init__(self) -> None:
         if self.kind not in ACTIVATIONS:
-            raise ValueError(f"Activation.kind: got {self.kind!r}, allowed are {', '.join(map(repr, ACTIVATIONS))}")
+            raise InputError(f"Activation.kind: got {self.kind!r}, allowed are {', '.join(map(repr, ACTIVATIONS))}")
         super().__post_init__()
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from functools import partial
 
 import flax.linen as nn
 
+from granq_jax.errors import InputError
 from granq_jax.models.mobilenet_v2 import MobileNetV2
 from granq_jax.models.resnet import BottleneckUnit, ResNet
 
@@ -43,7 +44,7 @@ NETWORKS = {
 def network(name: str) -> Network:
     """The registered network ``name``; a ``ValueError`` lists the names there are."""
     if not isinstance(name, str) or name not in NETWORKS:
-        raise ValueError(f"network: got {name!r}, allowed are {', '.join(NETWORKS)}")
+        raise InputError(f"network: got {name!r}, allowed are {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 
@@ -64,7 +65,7 @@ def create_model(name: str) -> nn.Module:
     """The Flax module of the network ``name``.
 
     Raises:
-      ValueError: for a name that is not registered; it lists those that are.
+      InputError: for a name that is not registered; it lists those that are.
 
     Examples:
       >>> create_model("resnet20_cifar10").classes

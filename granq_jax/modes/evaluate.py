@@ -6,21 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from granq_jax.config import check_config, flat
-from granq_jax.data.datasets import load_split
-from granq_jax.errors import check_choice
+from granq_jax.errors import InputError, check_choice, reading_input
 from granq_jax.files.writing import write_json
+from granq_jax.modes.opening import opened
 from granq_jax.quant import effective_weight_bits
 from granq_jax.runs import names
 from granq_jax.runs.accuracy import float_accuracy, percentages, student_accuracy
-from granq_jax.runs.build import check_devices, make_trainer
+from granq_jax.runs.build import make_trainer
 from granq_jax.runs.record import check_writable, describe, versions
 from granq_jax.runs.student import state_of_run
-from granq_jax.runtime.paths import expanded
-from granq_jax.runtime.processes import check_alike, from_first, is_first, together
+from granq_jax.runtime.processes import from_first, is_first
 from granq_jax.teachers.load import check_teacher_of_run, load_teacher
 
 SUBJECTS = ("teacher", "student", "both")
@@ -42,32 +39,32 @@ def evaluate_run(config: ConfigDict, workdir: str | Path, subject: str = "") -> 
       What ``evaluation.json`` holds.
 
     Raises:
-      ValueError, OSError, ImportError: for a setting, teacher or data set that cannot be used, or if
+      InputError: for a setting, teacher or data set that cannot be used, or if
         a student is asked for and there is none.
       RunError: if an image cannot be read.
     """
-    check_alike({"--mode": "evaluate", "--subject": subject, **dict(flat(config, "config."))})
-    workdir = expanded(workdir, "workdir")
-    devices = jax.devices()
-    holds_run = from_first(lambda: os.path.isdir(workdir / names.CHECKPOINTS))
-    subject = subject or ("student" if holds_run else "teacher")
-    with together():
-        check_config(config)
-        check_choice("subject", subject, SUBJECTS)
+
+    def subject_of(workdir: Path) -> str:
+        return subject or ("student" if os.path.isdir(workdir / names.CHECKPOINTS) else "teacher")
+
+    def check(workdir: Path) -> None:
         if config.eval != "test":
-            raise ValueError(f"config.eval: got {config.eval!r}, allowed is 'test' in order to evaluate")
-        if subject != "teacher" and not holds_run:
-            raise ValueError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
-        if is_first():
-            check_writable(workdir)
-            if subject != "student":
-                check_teacher_of_run(config, workdir)
-        check_devices(config, devices)
-        split = load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
+            raise InputError(f"config.eval: got {config.eval!r}, allowed is 'test' in order to evaluate")
+        check_choice("subject", subject_of(workdir), SUBJECTS)
+        if subject_of(workdir) != "teacher" and not os.path.isdir(workdir / names.CHECKPOINTS):
+            raise InputError(f"workdir: {str(workdir)!r} holds no checkpoint of a run")
+        check_writable(workdir)
+        if subject_of(workdir) != "student":
+            check_teacher_of_run(config, workdir)
+
+    workdir, devices, split = opened("evaluate", config, workdir, check, evaluates=True, **{"--subject": subject})
+    assert split is not None  # config.eval is "test"
+    subject = from_first(lambda: subject_of(workdir))
     trainer = make_trainer(config)
     evaluation = {**describe(config), "eval_examples": len(split)}
     if subject != "student":
-        teacher = load_teacher(config, workdir)
+        with reading_input():
+            teacher = load_teacher(config, workdir)
         evaluate = float_accuracy(trainer.model, split, config.eval_batch_size, devices, trainer.precision)
         evaluation |= {"teacher": config.teacher, **percentages("teacher", evaluate(teacher))}
     if subject != "teacher":

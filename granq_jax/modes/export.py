@@ -13,19 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from granq_jax.config import check_config
 from granq_jax.data.splits import Dataset
 from granq_jax.distill.trainer import Trainer, Variables, evaluation_mode
 from granq_jax.export.packed import save_packed
 from granq_jax.export.program import export_program
 from granq_jax.files.writing import write_bytes, write_json
+from granq_jax.modes.opening import opened
 from granq_jax.quant import storage_bytes
 from granq_jax.quant.dispatch import NoKernelError
 from granq_jax.runs import names
 from granq_jax.runs.build import make_dataset, make_trainer
 from granq_jax.runs.record import check_writable, describe, versions
 from granq_jax.runs.student import state_of_run
-from granq_jax.runtime.paths import expanded
 
 _LOGGER = logging.getLogger(__name__)
 _LEVELS = 256
@@ -52,11 +51,9 @@ def export_run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       nothing around them.
 
     Raises:
-      ValueError, OSError: if there is no student, or it cannot be written.
+      InputError: if there is no student, or it cannot be written.
     """
-    check_config(config)
-    workdir = expanded(workdir, "workdir")
-    check_writable(workdir)
+    workdir, _, _ = opened("export", config, workdir, check_writable)
     trainer = make_trainer(config)
     step, state = state_of_run(trainer, workdir)
     student = state.result

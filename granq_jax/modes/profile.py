@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from granq_jax.config import check_config
 from granq_jax.distill.joint_run import JointRun
+from granq_jax.errors import reading_input
 from granq_jax.files.writing import write_json
+from granq_jax.modes.opening import opened
 from granq_jax.runs import names
-from granq_jax.runs.build import check_devices, make_trainer
+from granq_jax.runs.build import make_trainer
 from granq_jax.runs.record import check_writable, describe, versions
 from granq_jax.runs.workdir import locked
-from granq_jax.runtime.paths import expanded
-from granq_jax.runtime.processes import is_first, together
+from granq_jax.runtime.processes import is_first
 from granq_jax.teachers.load import check_teacher, load_teacher
 
 WARM_STEPS = 3
@@ -62,23 +62,22 @@ def profile(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       What ``profile.json`` holds.
 
     Raises:
-      ValueError, TypeError, OSError, ImportError: for a setting or teacher that cannot be used, or a
+      InputError: for a setting or teacher that cannot be used, or a
         ``workdir`` that cannot be written to, or that another process uses.
     """
-    check_config(config)
-    workdir = expanded(workdir, "workdir")
-    devices = jax.devices()
-    check_devices(config, devices)
-    check_teacher(config)
-    with together():
-        if is_first():
-            check_writable(workdir)
+
+    def check(workdir: Path) -> None:
+        check_teacher(config)
+        check_writable(workdir)
+
+    workdir, devices, _ = opened("profile", config, workdir, check)
     with locked(workdir):
         return _profiled(config, workdir, devices)
 
 
 def _profiled(config: ConfigDict, workdir: Path, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    teacher = load_teacher(config, workdir)
+    with reading_input():
+        teacher = load_teacher(config, workdir)
     run = JointRun(make_trainer(config), teacher, devices)
     for _ in range(WARM_STEPS):
         _timed_step(run)

@@ -16,26 +16,26 @@ import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from granq_jax.config import TRAIN_A_TEACHER, check_config, flat
-from granq_jax.data.datasets import load_split
+from granq_jax.config import TRAIN_A_TEACHER
 from granq_jax.data.splits import Split
 from granq_jax.distill import guard
 from granq_jax.distill.joint_run import JointRun, NonFiniteError
 from granq_jax.distill.trainer import TrainState, Variables, evaluation_mode
+from granq_jax.errors import InputError, RunError, reading_input
 from granq_jax.files.writing import write_bytes, write_json, write_text
+from granq_jax.modes.opening import opened
 from granq_jax.quant import Shares, effective_weight_bits, quantize
 from granq_jax.report import Inspection, RunRecord, image_grid, inspector, run_page, run_record
 from granq_jax.runs import names
 from granq_jax.runs.accuracy import Evaluation, float_accuracy, percentages, student_accuracy
-from granq_jax.runs.build import check_devices, make_dataset, make_trainer
+from granq_jax.runs.build import make_dataset, make_trainer
 from granq_jax.runs.checkpoint import Checkpoints, digest
 from granq_jax.runs.metrics import MetricsLog
 from granq_jax.runs.notes import RunNotes
 from granq_jax.runs.record import describe, peak_rss_mb, record_start, versions
 from granq_jax.runs.workdir import check_workdir, finished_result, locked, note_config, remove_run, teacher_is_of_run
-from granq_jax.runtime.paths import expanded
-from granq_jax.runtime.processes import check_alike, from_first, interruptible_together, is_first, together
-from granq_jax.runtime.stopping import Interrupted, Interruption, RunError, interruptible
+from granq_jax.runtime.processes import from_first, interruptible_together, is_first, together
+from granq_jax.runtime.stopping import Interrupted, Interruption, interruptible
 from granq_jax.teachers.load import check_loads, check_teacher, load_teacher
 
 _LOGGER = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def train_and_evaluate(
       ``None``.
 
     Raises:
-      ValueError, OSError, ImportError: for a setting, teacher, data set or ``workdir`` that cannot be
+      InputError: for a setting, teacher, data set or ``workdir`` that cannot be
         used. Nothing that was there is touched.
       RunError: if a loss or parameter is not finite, or files cannot be written, or test images not read.
       Interrupted: at SIGTERM or SIGINT, when a checkpoint is written.
@@ -78,22 +78,15 @@ def train_and_evaluate(
       result = train_and_evaluate(config, "runs/digits_w3a3")
       print(result["teacher_top1"], result["student_top1"])
     """
-    check_alike({"--mode": "train", "--overwrite": overwrite, **dict(flat(config, "config."))})
-    workdir = expanded(workdir, "workdir")
-    devices = jax.devices()
-    with together():
-        check_config(config)
-        if is_first():
-            check_workdir(config, workdir, overwrite)
-            check_teacher(config)
-        check_devices(config, devices)
-        split = (
-            load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
-            if config.eval == "test"
-            else None
-        )
-        if is_first() and config.teacher == TRAIN_A_TEACHER and (overwrite or not finished_result(config, workdir)):
+
+    def check(workdir: Path) -> None:
+        check_workdir(config, workdir, overwrite)
+        check_teacher(config)
+        if config.teacher == TRAIN_A_TEACHER and (overwrite or not finished_result(config, workdir)):
             check_loads(config, workdir, anew=overwrite and teacher_is_of_run(workdir))
+
+    arguments = {"--overwrite": overwrite}
+    workdir, devices, split = opened("train", config, workdir, check, evaluates=True, **arguments)
 
     def finished_before() -> dict[str, Any] | None:
         if overwrite:
@@ -108,7 +101,8 @@ def train_and_evaluate(
         if finished is not None:
             _LOGGER.warning("the run in %r is finished: this is its result", str(workdir))
             return finished
-        teacher = load_teacher(config, workdir)
+        with reading_input():
+            teacher = load_teacher(config, workdir)
         trainer = make_trainer(config)
         with Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
             saved = checkpoints.newest(trainer.state_shapes(teacher))
@@ -126,21 +120,18 @@ def train_and_evaluate(
                 write_json(workdir / names.RESULT, result)
             except OSError as error:
                 raise RunError(f"workdir: {str(workdir)!r} could not be written to: {error}") from error
-            except (ValueError, TypeError) as error:
-                # Past the checks it is no longer the input that is wrong: let the trace be seen.
-                raise RuntimeError(f"the run in {str(workdir)!r} failed: {error}") from error
     return result
 
 
 def _check_goes_on(config: ConfigDict, workdir: Path, step: int, notes: RunNotes, teacher: str) -> None:
-    """Raises a ``ValueError`` if the run cannot go on from ``step`` with the teacher of digest ``teacher``."""
+    """Raises an ``InputError`` if the run cannot go on from ``step`` with the teacher of digest ``teacher``."""
     if notes.teacher != teacher:
-        raise ValueError(
+        raise InputError(
             f"config.teacher: got {config.teacher!r}, but its weights are not those that the run in "
             f"{str(workdir)!r} was begun with; give that teacher, or replace the run with --overwrite"
         )
     if step > config.epochs * config.steps_per_epoch:
-        raise ValueError(
+        raise InputError(
             f"config.epochs: got {config.epochs}, but the run in {str(workdir)!r} has taken {step} steps; allowed are "
             f"whole numbers from {math.ceil(step / config.steps_per_epoch)}"
         )

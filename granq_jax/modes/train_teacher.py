@@ -10,18 +10,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from granq_jax.config import check_config, flat
-from granq_jax.data.datasets import load_split
 from granq_jax.data.splits import Split
+from granq_jax.errors import InputError
 from granq_jax.files.writing import write_json
 from granq_jax.models.registry import create_model
+from granq_jax.modes.opening import opened
 from granq_jax.runs import names
 from granq_jax.runs.accuracy import float_accuracy, percentages
-from granq_jax.runs.build import check_devices, make_dataset
+from granq_jax.runs.build import make_dataset
 from granq_jax.runs.record import check_writable, peak_rss_mb, versions
 from granq_jax.runs.workdir import locked, teacher_is_of_run
-from granq_jax.runtime.paths import expanded
-from granq_jax.runtime.processes import check_alike, is_first, together
 from granq_jax.teachers.load import run_training
 
 
@@ -38,33 +36,21 @@ def train_teacher(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       with ``eval="none"`` are ``None``.
 
     Raises:
-      ValueError: for a setting or data set that cannot be used, or a ``workdir`` that another process
+      InputError: for a setting or data set that cannot be used, or a ``workdir`` that another process
         uses, or that holds a trained teacher, or one in training with other settings.
       RunError: if the training diverges, or a checkpoint cannot be written or read, or an image not read.
     """
-    check_alike({"--mode": "train_teacher", **dict(flat(config, "config."))})
-    workdir = expanded(workdir, "workdir")
-    devices = jax.devices()
-    with together():
-        check_config(config)
-        if is_first():
-            # Trained here and without a result, it was broken off while it was evaluated.
-            ended = os.path.exists(workdir / names.TEACHER_RESULT) or not os.path.isdir(
-                workdir / names.TEACHER_TRAINING
-            )
-            if os.path.exists(workdir / names.TRAINED_TEACHER) and (ended or teacher_is_of_run(workdir)):
-                raise ValueError(
-                    f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away"
-                )
-            check_writable(workdir)
-        check_devices(config, devices)
-        split = (
-            load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
-            if config.eval == "test"
-            else None
-        )
+    workdir, devices, split = opened("train_teacher", config, workdir, _check, evaluates=True)
     with locked(workdir):
         return _trained_and_evaluated(config, workdir, split, devices)
+
+
+def _check(workdir: Path) -> None:
+    # Trained here and without a result, it was broken off while it was evaluated.
+    ended = os.path.exists(workdir / names.TEACHER_RESULT) or not os.path.isdir(workdir / names.TEACHER_TRAINING)
+    if os.path.exists(workdir / names.TRAINED_TEACHER) and (ended or teacher_is_of_run(workdir)):
+        raise InputError(f"workdir: {str(workdir)!r} already holds a teacher; give another one, or move it away")
+    check_writable(workdir)
 
 
 def _trained_and_evaluated(

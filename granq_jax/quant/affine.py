@@ -26,7 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from granq_jax.errors import check_choice
+from granq_jax.errors import InputTypeError, check_choice
 from granq_jax.kernels import MIN_RANGE
 from granq_jax.quant.dispatch import IMPLEMENTATIONS, dispatch, has_kernel
 from granq_jax.quant.spec import check_bits, granularity_of, kept_axes
@@ -121,13 +121,13 @@ def check_float(x: jax.Array) -> jax.Array:
     Several arrays are not one: a tuple of them, as a module may return it, is refused.
     """
     if isinstance(x, tuple | list | dict) and any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(x)):
-        raise TypeError(f"x: got a {type(x).__name__} of arrays, allowed is one floating-point array")
+        raise InputTypeError(f"x: got a {type(x).__name__} of arrays, allowed is one floating-point array")
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"x: got {type(x).__name__}, allowed are floating-point arrays: {error}") from None
+        raise InputTypeError(f"x: got {type(x).__name__}, allowed are floating-point arrays: {error}") from None
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x: got dtype {x.dtype}, allowed are floating-point dtypes")
+        raise InputTypeError(f"x: got dtype {x.dtype}, allowed are floating-point dtypes")
     return x
 
 
@@ -191,10 +191,10 @@ def dequantize(q: QuantizedArray) -> jax.Array:
     """The values that the codes of ``q`` stand for, in the dtype of its scale.
 
     Raises:
-      TypeError: if ``q`` is not a ``QuantizedArray``.
+      InputTypeError: if ``q`` is not a ``QuantizedArray``.
     """
     if not isinstance(q, QuantizedArray):
-        raise TypeError(f"q: got {type(q).__name__}, allowed is a QuantizedArray")
+        raise InputTypeError(f"q: got {type(q).__name__}, allowed is a QuantizedArray")
     return _dequantize(q)
 
 

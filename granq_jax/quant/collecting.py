@@ -17,6 +17,8 @@ import jax
 import jax.extend.core as jex
 from jax.interpreters import batching, mlir, partial_eval
 
+from granq_jax.errors import InputError
+
 Leave = Callable[..., Any]
 
 
@@ -68,7 +70,7 @@ def collected(function: Callable[..., Any], *args: Any, is_lifted: bool) -> tupl
         scan, or for each index of a mapped axis, is so many records.
 
     Raises:
-      ValueError: if one is left where it cannot be brought out.
+      InputError: if one is left where it cannot be brought out.
 
     Examples:
       >>> def cumulated(leave, xs):
@@ -138,7 +140,7 @@ def _evaluated(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
             results, found = _EVALUATED[eqn.primitive.name](eqn, operands)
             records += found
         else:
-            raise ValueError(
+            raise InputError(
                 f"the model calls a module inside a {eqn.primitive.name}, which activations and moments cannot be "
                 "brought out of; allowed are nn.jit, nn.remat, nn.scan and nn.vmap"
             )

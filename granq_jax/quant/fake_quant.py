@@ -73,8 +73,8 @@ def fake_quant(
       An array of the shape and dtype of ``x``. Float64 is computed in float64, all else in float32.
 
     Raises:
-      TypeError: if ``x`` is not floating point or ``bits`` not an integer.
-      ValueError: for any other value that is not allowed, naming it.
+      InputTypeError: if ``x`` is not floating point or ``bits`` not an integer.
+      InputError: for any other value that is not allowed, naming it.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from granq_jax.errors import InputTypeError
 from granq_jax.quant.affine import QuantizedArray
 
 ACT_GRANULARITIES = ("sample", "tensor")
@@ -153,7 +154,7 @@ def without_gradient(y: jax.Array, *inputs: jax.Array) -> jax.Array:
 
 
 def _no_gradient(*_: Any) -> Any:
-    raise TypeError("arithmetic='integer' is for inference and has no gradient; quantize with arithmetic='float'")
+    raise InputTypeError("arithmetic='integer' is for inference and has no gradient; quantize with arithmetic='float'")
 
 
 without_gradient.defvjp(_no_gradient, _no_gradient)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from granq_jax.errors import check_choice, is_whole
+from granq_jax.errors import InputError, InputTypeError, check_choice, is_whole
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -28,13 +28,13 @@ def check_bits(field: str, value: Any) -> None:
     """Raises, naming ``field``, if ``value`` is not a bit width from 2 to 8; NumPy's whole numbers may be.
 
     Raises:
-      TypeError: if it is not an integer.
-      ValueError: if it lies outside 2 to 8.
+      InputTypeError: if it is not an integer.
+      InputError: if it lies outside 2 to 8.
     """
     if not is_whole(value):
-        raise TypeError(f"{field}: got {value!r}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
+        raise InputTypeError(f"{field}: got {value!r}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
     if not MIN_BITS <= value <= MAX_BITS:
-        raise ValueError(f"{field}: got {value}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
+        raise InputError(f"{field}: got {value}, allowed are whole numbers from {MIN_BITS} to {MAX_BITS}")
 
 
 def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
     does for linear layers; so does ``sample_channel`` of a single pixel, see :func:`granularity_of`.
 
     Raises:
-      ValueError: for an unknown granularity or an array of fewer than two dimensions.
+      InputError: for an unknown granularity or an array of fewer than two dimensions.
 
     Examples:
       >>> kept_axes("sample_channel", 4), kept_axes("kernel", 4), kept_axes("kernel", 2)
@@ -64,7 +64,7 @@ def kept_axes(granularity: str, ndim: int) -> tuple[int, ...]:
     """
     check_choice("granularity", granularity, GRANULARITIES)
     if ndim < 2:
-        raise ValueError(f"granularity {granularity!r}: got an array of {ndim} dimensions, allowed are 2 or more")
+        raise InputError(f"granularity {granularity!r}: got an array of {ndim} dimensions, allowed are 2 or more")
     first, before_last, last = 0, ndim - 2, ndim - 1
     return {
         "sample_channel": (first,) if ndim == 2 else (first, last),
@@ -142,14 +142,14 @@ class QuantSpec:
         check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
         check_choice("QuantSpec.act_ranges", self.act_ranges, ACT_RANGES)
         if self.act_ranges == "moving_average" and self.act_granularity not in KEPT_GRANULARITIES:
-            raise ValueError(
+            raise InputError(
                 f"QuantSpec.act_granularity: got {self.act_granularity!r} with act_ranges='moving_average', "
                 f"allowed are {', '.join(map(repr, KEPT_GRANULARITIES))}"
             )
         check_choice("QuantSpec.placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "activation_modules", _checked_modules(self.activation_modules, self.placement))
         if not isinstance(self.overrides, tuple | list):
-            raise TypeError(f"QuantSpec.overrides: got {self.overrides!r}, allowed is a tuple of {_OVERRIDE}")
+            raise InputTypeError(f"QuantSpec.overrides: got {self.overrides!r}, allowed is a tuple of {_OVERRIDE}")
         object.__setattr__(self, "overrides", tuple(_checked_override(o) for o in self.overrides))
         for pattern, fields in self.overrides:
             try:
@@ -163,13 +163,13 @@ class QuantSpec:
         return dataclasses.replace(self, overrides=(), **fields)
 
     def check_overrides_match(self, weights: Iterable[str], activations: Iterable[str]) -> None:
-        """Raises a ``ValueError`` if a field of an override matches none of the module paths it is for."""
+        """Raises an ``InputError`` if a field of an override matches none of the module paths it is for."""
         paths = {"weight": sorted(set(weights)), "act": sorted(set(activations))}
         for pattern, items in self.overrides:
             for name, _ in items:
                 kind = name.partition("_")[0]
                 if not any(re.search(pattern, path) for path in paths[kind]):
-                    raise ValueError(
+                    raise InputError(
                         f"QuantSpec.overrides: {pattern!r} with {name} matches nothing; "
                         f"the paths there are {', '.join(paths[kind]) or 'none'}"
                     )
@@ -196,13 +196,15 @@ def without_weights(spec: QuantSpec) -> QuantSpec:
 
 def _checked_modules(modules: Any, placement: str) -> tuple[str | type, ...]:
     if not isinstance(modules, tuple | list | set | frozenset):
-        raise TypeError(f"QuantSpec.activation_modules: got {modules!r}, allowed is a tuple of classes or class names")
+        raise InputTypeError(
+            f"QuantSpec.activation_modules: got {modules!r}, allowed is a tuple of classes or class names"
+        )
     modules = tuple(modules)
     for module in modules:
         if not isinstance(module, str | type):
-            raise TypeError(f"QuantSpec.activation_modules: got {module!r}, allowed are classes or class names")
+            raise InputTypeError(f"QuantSpec.activation_modules: got {module!r}, allowed are classes or class names")
     if modules and placement != "activation":
-        raise ValueError(
+        raise InputError(
             f"QuantSpec.activation_modules: got {modules!r} with placement={placement!r}, "
             "allowed only with placement='activation'"
         )
@@ -212,18 +214,18 @@ def _checked_modules(modules: Any, placement: str) -> tuple[str | type, ...]:
 def _checked_override(override: Any) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """Normalises one override to ``(pattern, sorted items)``, which is hashable."""
     if not isinstance(override, tuple | list) or len(override) != 2:
-        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}")
+        raise InputTypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}")
     pattern, fields = override
     if not isinstance(pattern, str) or not isinstance(fields, Mapping | tuple):
-        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}")
+        raise InputTypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"QuantSpec.overrides: {pattern!r} is not a regular expression: {error}") from None
+        raise InputError(f"QuantSpec.overrides: {pattern!r} is not a regular expression: {error}") from None
     try:
         fields = dict(fields)
     except (TypeError, ValueError):
-        raise TypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}") from None
+        raise InputTypeError(f"QuantSpec.overrides: got {override!r}, allowed is {_OVERRIDE}") from None
     for name in fields:
         check_choice(f"QuantSpec.overrides[{pattern!r}]", name, _OVERRIDABLE)
     return pattern, tuple(sorted(fields.items()))

@@ -22,7 +22,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from granq_jax.errors import check_choice
+from granq_jax.errors import InputError, InputTypeError, check_choice
 from granq_jax.models.layers import NORM_EPSILON, Activation, NormAct
 from granq_jax.quant import integer
 from granq_jax.quant.affine import QuantizedArray, quantize_codes
@@ -149,7 +149,7 @@ class QuantizedModel:
           What ``model.apply`` returns.
 
         Raises:
-          ValueError: if the spec's placement, activation modules or an override match nothing, or if it
+          InputError: if the spec's placement, activation modules or an override match nothing, or if it
             cannot be told which axes of a weight that is to be quantized are output features.
         """
         outputs, _ = self._apply(variables, args, kwargs)
@@ -337,7 +337,7 @@ class QuantizedModel:
         self._check_matched(survey)
         for path, reason in survey.unknown.items():
             if self.spec.at(path).weight_bits is not None:
-                raise ValueError(
+                raise InputError(
                     f"QuantSpec.weight_bits: the weight of {path!r} cannot be quantized: {reason}; leave it in full "
                     f"precision with the override ({f'^{re.escape(path)}$'!r}, dict(weight_bits=None))"
                 )
@@ -382,7 +382,7 @@ class QuantizedModel:
             path = "/".join(module.path)
             site, shape = self.spec.at(path), x.shape
             if len(shape) < 2 and site.act_bits is not None:
-                raise ValueError(
+                raise InputError(
                     f"QuantSpec.placement: {self.spec.placement!r} finds an array of shape {shape} at {path!r}; "
                     "allowed are two or more dimensions, samples first"
                 )
@@ -426,7 +426,7 @@ class QuantizedModel:
             ).operand
             path = "/".join(module.path)
             if operand is None and self.spec.at(path).act_bits is not None:
-                raise ValueError(
+                raise InputError(
                     f"QuantSpec.act_bits: the input of {path!r} cannot be quantized: {type(module).__name__} does not "
                     "tell which of its axes are input channels; leave it in full precision with the override "
                     f"({f'^{re.escape(path)}$'!r}, dict(act_bits=None))"
@@ -480,7 +480,7 @@ class QuantizedModel:
             if not is_named and not isinstance(module, Activation):
                 return outputs
             if not is_array(outputs):
-                raise ValueError(
+                raise InputError(
                     f"QuantSpec.activation_modules: {'/'.join(module.path)!r} of class {type(module).__name__} returns "
                     f"a {type(outputs).__name__}, allowed are modules that return one array"
                 )
@@ -495,7 +495,7 @@ class QuantizedModel:
         if average is not None and not moves:
             return average
         if average is None and are_kept and not moves:
-            raise ValueError(
+            raise InputError(
                 f"QuantSpec.act_ranges: got 'moving_average', but no range is kept for {'/'.join(module.path)!r}: the "
                 "ranges are another model's, or a transform keeps them out; allowed are act_ranges='dynamic', "
                 f"or nn.scan and nn.vmap with {RANGES!r} among their variable_axes"
@@ -510,7 +510,7 @@ class QuantizedModel:
     def _check_matched(self, survey: Survey) -> None:
         name, weights, spec = type(self.model).__name__, survey.layouts, self.spec
         if spec.weight_bits is not None and not weights and not survey.unknown:
-            raise ValueError(
+            raise InputError(
                 f"QuantSpec.weight_bits: {name} has no parameter named {WEIGHT!r} to quantize: of the layers of "
                 f"flax.linen ({', '.join(layer.__name__ for layer in LAYERS)}) none was called"
             )
@@ -520,14 +520,14 @@ class QuantizedModel:
             activations = [path for path, cls in survey.calls if self._is_activation(cls)]
         if spec.act_bits is not None and not activations:
             what = "no Activation module" if spec.placement == "activation" else "no convolution or dense layer"
-            raise ValueError(
+            raise InputError(
                 f"QuantSpec.placement: {spec.placement!r} matches nothing in {name}: {what} was called. "
                 "Allowed are placement='operand', or placement='activation' with the model's own activation "
                 f"classes named in activation_modules; the layers with weights are {', '.join(weights)}"
             )
         for wanted in spec.activation_modules:
             if not any(_is_of_class(cls, wanted) for _, cls in survey.calls):
-                raise ValueError(
+                raise InputError(
                     f"QuantSpec.activation_modules: no module of class {wanted!r} was called in {name}; "
                     f"the activations that were met are {', '.join(activations) or 'none'}"
                 )
@@ -562,8 +562,8 @@ def quantize(
       An object with ``apply``, ``init``, ``sites`` and ``observe``.
 
     Raises:
-      TypeError: if ``model`` is not a linen module or ``spec`` not a ``QuantSpec``.
-      ValueError: for an ``impl`` that is not allowed.
+      InputTypeError: if ``model`` is not a linen module or ``spec`` not a ``QuantSpec``.
+      InputError: for an ``impl`` that is not allowed.
 
     Examples:
       >>> import jax, flax.linen as nn
@@ -578,19 +578,19 @@ def quantize(
     """
     check_linen("model", model)
     if not isinstance(spec, QuantSpec):
-        raise TypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
+        raise InputTypeError(f"spec: got {type(spec).__name__}, allowed is a QuantSpec")
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_choice("arithmetic", arithmetic, ARITHMETICS)
     if arithmetic == "integer":
         for field in ("weight_bits", "act_bits"):
             if getattr(spec, field) is None:
-                raise ValueError(f"QuantSpec.{field}: got None with arithmetic='integer', allowed are 2 to 8")
+                raise InputError(f"QuantSpec.{field}: got None with arithmetic='integer', allowed are 2 to 8")
         for field, allowed in (
             ("act_granularity", integer.ACT_GRANULARITIES),
             ("weight_granularity", integer.WEIGHT_GRANULARITIES),
         ):
             if getattr(spec, field) not in allowed:
-                raise ValueError(
+                raise InputError(
                     f"QuantSpec.{field}: got {getattr(spec, field)!r} with arithmetic='integer', whose ranges must not "
                     f"depend on what is summed over; allowed are {', '.join(map(repr, allowed))}"
                 )
@@ -605,12 +605,12 @@ def check_linen(field: str, model: Any) -> None:
     from flax import nnx  # here: linen's users need not wait for it
 
     if isinstance(model, nnx.Module):
-        raise TypeError(
+        raise InputTypeError(
             f"{field}: got {type(model).__name__}, a module of flax.nnx, which cannot be quantized yet; allowed is an "
             "instance of flax.linen.Module: write the network in linen and give it the same values as variables"
         )
     got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-    raise TypeError(f"{field}: got {got}, allowed is an instance of flax.linen.Module")
+    raise InputTypeError(f"{field}: got {got}, allowed is an instance of flax.linen.Module")
 
 
 class _Epilogue(NamedTuple):

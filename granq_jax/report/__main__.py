@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from granq_jax.errors import InputError, RunError, reading_input
 from granq_jax.files.writing import write_text
 from granq_jax.report import comparison_page, read_run, run_page
 from granq_jax.runs import names
 from granq_jax.runtime.compilation_cache import use_compilation_cache
 from granq_jax.runtime.devices import check_platforms
 from granq_jax.runtime.paths import expanded
-from granq_jax.runtime.stopping import RunError
 
 COMPARISON = "comparison.html"
 
@@ -33,16 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)  # exits with 2 if they are wrong
     logging.basicConfig(format="%(message)s")
     try:
-        workdirs = [expanded(workdir, "WORKDIR") for workdir in options.workdirs]
-        default = workdirs[0] / names.REPORT if len(workdirs) == 1 else Path(COMPARISON)
-        output = expanded(options.output or default, "--output")
-        if output.is_dir() or not (output.parent.is_dir() or options.output is None):
-            raise ValueError(f"--output: got {str(output)!r}, allowed are paths of files in directories that exist")
-        use_compilation_cache()
-        check_platforms()
-        runs = [read_run(workdir) for workdir in workdirs]
-        write_text(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
-    except (ValueError, TypeError, ImportError, OSError, RunError) as error:
+        with reading_input():
+            workdirs = [expanded(workdir, "WORKDIR") for workdir in options.workdirs]
+            default = workdirs[0] / names.REPORT if len(workdirs) == 1 else Path(COMPARISON)
+            output = expanded(options.output or default, "--output")
+            if output.is_dir() or not (output.parent.is_dir() or options.output is None):
+                raise InputError(f"--output: got {str(output)!r}, allowed are paths of files in directories that exist")
+            use_compilation_cache()
+            check_platforms()
+            runs = [read_run(workdir) for workdir in workdirs]
+            write_text(output, run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
+    except (InputError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     print(output)

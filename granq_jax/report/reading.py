@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from granq_jax.config import check_config, load_config
+from granq_jax.errors import InputError
 from granq_jax.report.inspection import Inspection, inspector
 from granq_jax.runs import names
 from granq_jax.runs.build import make_trainer
@@ -45,13 +46,13 @@ def read_run(workdir: str | Path) -> RunRecord:
     """Reads a run's files and looks at its newest checkpoint; nothing is written.
 
     Raises:
-      ValueError, OSError, ImportError: if there is no run with a checkpoint in ``workdir``, or its
+      InputError: if there is no run with a checkpoint in ``workdir``, or its
         teacher cannot be had, or its ``result.json`` is damaged.
       RunError: if all of its checkpoints are damaged.
     """
     workdir = expanded(workdir, "workdir")
     if not (workdir / names.CONFIG).is_file():
-        raise ValueError(f"workdir: got {str(workdir)!r}, but there is no run in it (no config.json)")
+        raise InputError(f"workdir: got {str(workdir)!r}, but there is no run in it (no config.json)")
     config = load_config(workdir / names.CONFIG)
     check_config(config)
     trainer = make_trainer(config)
@@ -75,7 +76,7 @@ def _result(path: Path) -> dict[str, Any]:
     except ValueError:
         result = None
     if not isinstance(result, dict):
-        raise ValueError(f"workdir: {str(path)!r} is damaged; the run's own command writes it again")
+        raise InputError(f"workdir: {str(path)!r} is damaged; the run's own command writes it again")
     return result
 
 

@@ -10,18 +10,19 @@ from ml_collections import ConfigDict
 from granq_jax.data.datasets import DATASETS, described
 from granq_jax.data.splits import Dataset
 from granq_jax.distill.trainer import LossSettings, OptimizerSettings, Trainer
+from granq_jax.errors import InputError
 from granq_jax.models import Generator, create_model
 from granq_jax.quant import QuantSpec
 from granq_jax.runtime.devices import sample_index
 
 
 def check_devices(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
-    """Raises a ``ValueError`` if the batches or the kernels of a config do not fit ``devices``."""
+    """Raises an ``InputError`` if the batches or the kernels of a config do not fit ``devices``."""
     sample_index(config.batch_size, devices, "config.batch_size")
     if config.eval != "none":
         sample_index(config.eval_batch_size, devices, "config.eval_batch_size")
     if config.quant.impl == "pallas" and devices[0].platform != "gpu":
-        raise ValueError(
+        raise InputError(
             f"config.quant.impl: got 'pallas' on {devices[0].platform}, where only 'auto', 'xla' and "
             "'pallas_interpret' are allowed"
         )

@@ -21,13 +21,13 @@ import numpy as np
 import safetensors.flax
 
 from granq_jax.distill.trainer import AVERAGE
+from granq_jax.errors import InputError, RunError
 from granq_jax.files.tensor_files import joined
 from granq_jax.files.writing import write_bytes
 from granq_jax.quant import RANGES
 from granq_jax.runs import names
 from granq_jax.runtime.paths import expanded
 from granq_jax.runtime.processes import from_first, is_first
-from granq_jax.runtime.stopping import RunError
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         record = restored.record
         if record["sha256"] != _digest(restored.state, record["notes"]):
-            raise ValueError("its content is not what was written")
+            raise InputError("its content is not what was written")
         return restored.state, record["notes"]
 
     def _move_aside(self, steps: Mapping[int, Exception]) -> None:

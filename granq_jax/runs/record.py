@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from granq_jax.errors import InputError
 from granq_jax.runs import names
 from granq_jax.runtime.processes import is_first
 
@@ -43,7 +44,7 @@ def record_start(workdir: Path, command: str) -> None:
 
 
 def check_writable(workdir: Path) -> None:
-    """Raises a ``ValueError`` if files cannot be written to ``workdir``, which need not exist; leaves nothing there."""
+    """Raises an ``InputError`` if ``workdir``, which need not exist, cannot be written to; leaves nothing there."""
     try:
         if not workdir.is_dir() and os.path.lexists(workdir):
             raise NotADirectoryError("it is a file")
@@ -54,7 +55,7 @@ def check_writable(workdir: Path) -> None:
             pass  # os.access knows of permissions only, and of none for root
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
+        raise InputError(
             f"workdir: {str(workdir)!r} cannot be written to ({reason}), allowed is a directory that can, or a new one"
         ) from error
 

@@ -15,6 +15,7 @@ import filelock
 from ml_collections import ConfigDict
 
 from granq_jax.config import TRAIN_A_TEACHER, flat, load_config
+from granq_jax.errors import InputError
 from granq_jax.files.writing import write_json
 from granq_jax.runs import names
 from granq_jax.runs.record import check_writable
@@ -49,7 +50,7 @@ MAY_CHANGE = frozenset(
 
 
 def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
-    """Raises a ``ValueError`` unless a run with ``config`` may begin or go on in ``workdir``; writes nothing."""
+    """Raises an ``InputError`` unless a run with ``config`` may begin or go on in ``workdir``; writes nothing."""
     check_writable(workdir)
     if overwrite:
         _check_own(workdir)
@@ -59,13 +60,13 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
         remains = [name for name in (names.METRICS, names.RESULT) if (workdir / name).exists()]
         remains += [f"{names.CHECKPOINTS}/{path.name}" for path in (workdir / names.CHECKPOINTS).glob("[0-9]*")]
         if remains:
-            raise ValueError(
+            raise InputError(
                 f"workdir: {str(workdir)!r} holds {', '.join(remains)} of a run but no {names.CONFIG}; "
                 "give another one, or move them away"
             )
         return
     if not config.resume:
-        raise ValueError(
+        raise InputError(
             f"workdir: {str(workdir)!r} already holds a run and config.resume is False; "
             "give another one, or replace the run with --overwrite"
         )
@@ -73,24 +74,24 @@ def check_workdir(config: ConfigDict, workdir: Path, overwrite: bool = False) ->
     for key in asked:
         fixed = key not in MAY_CHANGE or (key == "epochs" and config.student.schedule == "cosine")  # ends with them
         if fixed and begun[key] != asked[key]:
-            raise ValueError(
+            raise InputError(
                 f"config.{key}: got {asked[key]!r}, but the run in {str(workdir)!r} was begun with {begun[key]!r}, and "
                 f"it can go on with that only; give another --workdir, or replace the run with --overwrite"
             )
     ended, has_checkpoints = (workdir / names.RESULT).exists(), any((workdir / names.CHECKPOINTS).glob("[0-9]*"))
     if ended and not has_checkpoints and finished_result(config, workdir) is None:
-        raise ValueError(
+        raise InputError(
             f"workdir: {str(workdir)!r} holds {names.RESULT} of a run but no checkpoint to go on from; "
             "give another one, or replace the run with --overwrite"
         )
 
 
 def _check_own(workdir: Path) -> None:
-    """Raises a ``ValueError`` if what is named as a run's files seems not to be written by one."""
+    """Raises an ``InputError`` if what is named as a run's files seems not to be written by one."""
     others = [name for name in _OWN_FILES if name != names.EVALUATION]  # which may be a teacher's
     there = [name for name in others if os.path.isfile(workdir / name) or any((workdir / name).glob("*"))]
     if there and not _is_of_run(workdir):
-        raise ValueError(
+        raise InputError(
             f"workdir: {str(workdir)!r} holds {', '.join(there)}, but nothing says that a run wrote it; "
             "give another one, or move it away"
         )
@@ -118,7 +119,7 @@ def locked(workdir: Path) -> Iterator[None]:
     holds it for all.
 
     Raises:
-      ValueError: if another process holds it.
+      InputError: if another process holds it.
     """
     with contextlib.ExitStack() as held:
         with together():
@@ -139,7 +140,7 @@ def _locked_here(workdir: Path) -> Iterator[None]:
             holder = ""
             with contextlib.suppress(OSError):  # Windows lets nobody else read it
                 holder = (workdir / names.LOCK).read_text().strip()
-            raise ValueError(
+            raise InputError(
                 f"workdir: {str(workdir)!r} is in use by {holder or 'another process'}; "
                 "wait until it ends, or give another one"
             ) from None
@@ -147,7 +148,7 @@ def _locked_here(workdir: Path) -> Iterator[None]:
             (workdir / names.LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         try:
             yield
-        except (ValueError, TypeError, OSError, ImportError):
+        except InputError:
             if lock_is_new and not (workdir / names.CONFIG).exists():
                 (workdir / names.LOCK).unlink()
                 with contextlib.suppress(OSError):  # there is something in it

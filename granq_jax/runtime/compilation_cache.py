@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import platformdirs
 
+from granq_jax.errors import InputError
 from granq_jax.runtime.paths import expanded
 
 OFF = "off"
@@ -29,7 +30,7 @@ def use_compilation_cache(directory: str = "") -> None:
         for each kind of CPU, or none if that cannot be written to; ``"off"`` keeps none.
 
     Raises:
-      ValueError: for a ``directory`` that cannot be written to.
+      InputError: for a ``directory`` that cannot be written to.
 
     Example::
 
@@ -46,7 +47,7 @@ def use_compilation_cache(directory: str = "") -> None:
     path = expanded(directory, "--compilation-cache").absolute() if directory else users
     if not _is_writable(path):
         if directory:
-            raise ValueError(
+            raise InputError(
                 f"--compilation-cache: got {directory!r}, allowed are directories that can be written to, and {OFF!r}"
             )
         return

@@ -11,6 +11,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from granq_jax.errors import InputError
+
 AXIS = "batch"
 # Arrays with fewer elements are better joined first: XLA for CPUs takes 50 us for each that devices exchange, and
 # milliseconds to compile what is done to it, and far less to copy one of this size.
@@ -35,13 +37,13 @@ def check_platforms() -> None:
     """Has JAX look for its devices; for the whole process, after whatever says how many there are.
 
     Raises:
-      ValueError: if it cannot use the platforms that it was told to.
+      InputError: if it cannot use the platforms that it was told to.
     """
     try:
         jax.devices()
     except Exception as error:  # of several kinds, one of them without words
         reason = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0] or "there is no such device"
-        raise ValueError(
+        raise InputError(
             f"JAX_PLATFORMS: got {jax.config.jax_platforms or ''!r}, which JAX cannot use: {reason}; allowed are "  # type: ignore[attr-defined]
             "platforms whose devices and plug-in are there (for NVIDIA's GPUs: pip install 'jax[cuda12]'), and 'cpu'"
         ) from error
@@ -102,7 +104,7 @@ def sample_index(batch_size: int, devices: Sequence[jax.Device], field: str = "b
       (its devices, batch_size / devices), int32; of the only process, all of the batch.
 
     Raises:
-      ValueError: if the batch does not divide evenly; it names ``field`` and sizes that do.
+      InputError: if the batch does not divide evenly; it names ``field`` and sizes that do.
 
     Examples:
       >>> import jax
@@ -115,7 +117,7 @@ def sample_index(batch_size: int, devices: Sequence[jax.Device], field: str = "b
         near = " or ".join(str(size) for size in (below, below + count) if size)
         processes = len({device.process_index for device in devices})
         where = f"{count} devices" + (f" of {processes} processes" if processes > 1 else "")
-        raise ValueError(f"{field}: got {batch_size} on {where}, allowed are multiples of {count}, such as {near}")
+        raise InputError(f"{field}: got {batch_size} on {where}, allowed are multiples of {count}, such as {near}")
     own = [device.process_index == jax.process_index() for device in devices]
     return np.arange(batch_size, dtype=np.int32).reshape(count, -1)[own]
 

@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from granq_jax.runtime.stopping import Interrupted, Interruption, RunError, interruptible
+from granq_jax.errors import InputError, RunError
+from granq_jax.runtime.stopping import Interrupted, Interruption, interruptible
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,17 +41,17 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
         (Slurm, Open MPI, Kubernetes, Cloud TPU).
 
     Raises:
-      ValueError: if a value is not allowed, or is ``None`` and cannot be found out.
+      InputError: if a value is not allowed, or is ``None`` and cannot be found out.
     """
     if coordinator_address is not None:
         host, _, port = coordinator_address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise ValueError(f"--coordinator-address: got {coordinator_address!r}, allowed is HOST:PORT")
+            raise InputError(f"--coordinator-address: got {coordinator_address!r}, allowed is HOST:PORT")
     if num_processes is not None and num_processes < 1:
-        raise ValueError(f"--num-processes: got {num_processes}, allowed are whole numbers from 1")
+        raise InputError(f"--num-processes: got {num_processes}, allowed are whole numbers from 1")
     if process_id is not None and (process_id < 0 or (num_processes is not None and process_id >= num_processes)):
         below = "the number of processes" if num_processes is None else num_processes
-        raise ValueError(f"--process-id: got {process_id}, allowed are whole numbers from 0 to below {below}")
+        raise InputError(f"--process-id: got {process_id}, allowed are whole numbers from 0 to below {below}")
     # What JAX says if the others do not come (it ends the process) does not tell whom it was waiting for.
     _LOGGER.info(
         "%s waits for the others, at most %d s; if one of them ends early, this one does so within %d s",
@@ -77,11 +78,11 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
             )
             if value is None
         ]
-        raise ValueError(
+        raise InputError(
             f"{', '.join(missing)}: not given, and JAX finds no cluster to take it from: {error}"
         ) from None
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--coordinator-address: got {coordinator_address!r}, which cannot be used: {error}") from None
+        raise InputError(f"--coordinator-address: got {coordinator_address!r}, which cannot be used: {error}") from None
 
 
 def is_first() -> bool:
@@ -95,20 +96,20 @@ def is_first() -> bool:
 
 
 def check_alike(settings: Mapping[str, Any]) -> None:
-    """Raises a ``ValueError``, in every process, that names the first setting not alike in all of them.
+    """Raises an ``InputError``, in every process, that names the first setting not alike in all of them.
 
     Examples:
       >>> check_alike({"config.seed": 0})
     """
     counts = [sum(device.process_index == p for device in jax.devices()) for p in range(jax.process_count())]
     if len(set(counts)) > 1:
-        raise ValueError(f"devices: got {counts} in processes 0 to {len(counts) - 1}, allowed are equal numbers")
+        raise InputError(f"devices: got {counts} in processes 0 to {len(counts) - 1}, allowed are equal numbers")
     everyones = [json.loads(text) for text in _gather(json.dumps({key: repr(v) for key, v in settings.items()}))]
     for key in dict.fromkeys(key for one in everyones for key in one):
         values = [one.get(key, "nothing") for one in everyones]
         for process, value in enumerate(values):
             if value != values[0]:
-                raise ValueError(
+                raise InputError(
                     f"{key}: got {values[0]} in process 0 and {value} in process {process}, "
                     "allowed is the same value in every process"
                 )
@@ -119,7 +120,7 @@ def together() -> Iterator[None]:
     """Runs a block in all processes: if it raises in some, it raises in every one of them.
 
     Without it the others would wait for a process that has given up. In those whose own block went
-    well, the error names the process; it is a ``ValueError`` if the input is wrong, or a
+    well, the error names the process; it is an ``InputError`` if the input is wrong, or a
     :class:`~granq_jax.runtime.stopping.RunError`.
 
     Examples:
@@ -129,13 +130,13 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_input = isinstance(error, ValueError | TypeError | ImportError | OSError)
-        _gather(f"{'input' if is_input else 'run'} {str(error) or type(error).__name__}")
+        kind = "input" if isinstance(error, InputError) else "run"
+        _gather(f"{kind} {str(error) or type(error).__name__}")
         raise
     for process, text in enumerate(_gather("")):
         kind, _, message = text.partition(" ")
         if kind:
-            raise (ValueError if kind == "input" else RunError)(f"process {process}: {message}")
+            raise (InputError if kind == "input" else RunError)(f"process {process}: {message}")
 
 
 def from_first(make: Callable[[], Any]) -> Any:

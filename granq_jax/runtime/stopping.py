@@ -14,10 +14,6 @@ from types import FrameType
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class RunError(RuntimeError):
-    """A run that cannot go on, for a reason that is not in its code; its last checkpoint is intact."""
-
-
 class Interrupted(KeyboardInterrupt):
     """Raised where a signal asks a run to end.
 

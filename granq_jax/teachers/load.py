@@ -19,6 +19,7 @@ from granq_jax.config import TRAIN_A_TEACHER
 from granq_jax.data.datasets import described, load_split
 from granq_jax.data.splits import Dataset, Split
 from granq_jax.distill.trainer import Variables
+from granq_jax.errors import InputError
 from granq_jax.files.writing import write_json
 from granq_jax.models.registry import create_model
 from granq_jax.runs import names
@@ -40,7 +41,7 @@ def check_teacher(config: ConfigDict) -> None:
     """Raises if ``config.teacher`` cannot be what it says, without reading or downloading it.
 
     Raises:
-      ValueError: if it is empty, ``"bundled"`` where no teacher comes with the package, or a public
+      InputError: if it is empty, ``"bundled"`` where no teacher comes with the package, or a public
         checkpoint of another network.
       FileNotFoundError: if there is no such file.
     """
@@ -52,13 +53,13 @@ def check_teacher(config: ConfigDict) -> None:
         *(f"{name!r}, a public checkpoint" for name in zoo.CHECKPOINTS if name == network),
     ]
     if teacher == "":
-        raise ValueError(f"config.teacher: not set, allowed are {', '.join(allowed)}")
+        raise InputError(f"config.teacher: not set, allowed are {', '.join(allowed)}")
     other_network = teacher in zoo.CHECKPOINTS and teacher != network
     if other_network or (teacher == BUNDLED and network not in _bundled_networks()):
-        raise ValueError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
+        raise InputError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
     known = teacher in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS)
     if not known and not os.path.isfile(expanded(teacher, "config.teacher")):
-        raise FileNotFoundError(
+        raise InputError(
             f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )
 
@@ -70,7 +71,7 @@ def load_teacher(config: ConfigDict, workdir: Path) -> Variables:
     ``config.teacher`` may name in other runs.
 
     Raises:
-      ValueError, OSError: as :func:`check_teacher`, :func:`granq_jax.teachers.zoo.fetch` and
+      InputError: as :func:`check_teacher`, :func:`granq_jax.teachers.zoo.fetch` and
         :func:`granq_jax.load_torch` do.
     """
     # Several processes must have the very same teacher, whatever their files hold.
@@ -125,16 +126,16 @@ def teacher_of_run(config: ConfigDict, workdir: Path) -> Variables:
     """The teacher of a run that has been; it is not trained for this.
 
     Raises:
-      ValueError, OSError, ImportError: if it cannot be had.
+      InputError: if it cannot be had.
     """
     check_teacher_of_run(config, workdir)
     return load_teacher(config, workdir)
 
 
 def check_teacher_of_run(config: ConfigDict, workdir: Path) -> None:
-    """Raises a ``ValueError`` if the teacher is one that ``workdir`` should hold and does not."""
+    """Raises an ``InputError`` if the teacher is one that ``workdir`` should hold and does not."""
     if config.teacher == TRAIN_A_TEACHER and not (workdir / names.TRAINED_TEACHER).is_file():
-        raise ValueError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
+        raise InputError(f"config.teacher: got {config.teacher!r}, but {str(workdir)!r} holds no trained teacher")
 
 
 def _bundled_networks() -> list[str]:
@@ -148,7 +149,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
       Its variables, and the seconds it took, those before it was broken off included.
 
     Raises:
-      ValueError: if the data set cannot be had, or the directory holds a training with other settings.
+      InputError: if the data set cannot be had, or the directory holds a training with other settings.
       RunError: if a checkpoint cannot be written, or none of those there can be read.
     """
     directory = workdir / names.TEACHER_TRAINING
@@ -208,24 +209,24 @@ def _described(config: ConfigDict) -> dict[str, Any]:
 
 
 def _check_same_settings(config: ConfigDict, workdir: Path) -> None:
-    """Raises a ``ValueError`` unless the teacher in ``workdir`` is trained with the settings of ``config``."""
+    """Raises an ``InputError`` unless the teacher in ``workdir`` is trained with the settings of ``config``."""
     path, settings = workdir / names.TEACHER_TRAINING / names.TEACHER_SETTINGS, _described(config)
     if not path.exists():
-        raise ValueError(
+        raise InputError(
             f"workdir: {str(workdir)!r} holds {names.TRAINED_TEACHER}, but nothing says how it was trained; name it "
             "with config.teacher, or move it away"
         )
     begun = _fields(path.read_text(), path)
     for key in settings.keys() | begun.keys():
         if settings.get(key) != begun.get(key):
-            raise ValueError(
+            raise InputError(
                 f"workdir: {str(workdir)!r} holds a teacher trained with {key} {begun.get(key)!r} instead "
                 f"of {settings.get(key)!r}; give the same settings to go on, or another workdir"
             )
 
 
 def _check_same_pixels(pixels: Dataset, result: Path) -> None:
-    """Raises a ``ValueError`` if ``result``, of the training of a teacher, tells of images normalised otherwise."""
+    """Raises an ``InputError`` if ``result``, of the training of a teacher, tells of images normalised otherwise."""
     trained: Any = None
     with contextlib.suppress(OSError, ValueError):  # there is none, or a damaged one
         trained = json.loads(result.read_text())
@@ -233,7 +234,7 @@ def _check_same_pixels(pixels: Dataset, result: Path) -> None:
         given = list(getattr(pixels, what))
         before = trained.get(what, given) if isinstance(trained, dict) else given
         if before != given:
-            raise ValueError(
+            raise InputError(
                 f"config.{what}: got {given}, but {str(result)!r} says the teacher was trained with {before}"
             )
 
@@ -244,5 +245,5 @@ def _fields(text: str | bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise ValueError(f"workdir: {str(path)!r} is damaged; move {str(path.parent)!r} away to train anew")
+        raise InputError(f"workdir: {str(path)!r} is damaged; move {str(path.parent)!r} away to train anew")
     return fields

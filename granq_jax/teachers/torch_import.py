@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from granq_jax.errors import InputError
 from granq_jax.files.pickles import PickledArray, Unread
 from granq_jax.files.tensor_files import StoredTensor, open_tensors
 from granq_jax.models.registry import network
@@ -63,7 +64,7 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
       ``{"params": ..., "batch_stats": ...}`` for ``create_model(name).apply``.
 
     Raises:
-      ValueError: if tensors are missing, surplus, wrongly shaped or not floating point: they are
+      InputError: if tensors are missing, surplus, wrongly shaped or not floating point: they are
         listed by name, five of each kind at most. Also for two sets of tensors that fit, a whole model
         that was pickled, a tensor that holds NaN, infinity or a negative variance, an unknown network
         or kind of file, a file that cannot be read, or torchvision's names for resnet50, whose strides
@@ -74,7 +75,7 @@ def load_torch(name: str, source: str | os.PathLike | Mapping[str, Any]) -> dict
       >>> load_torch("resnet20_cifar10", {"output.bias": [0.0] * 10})
       Traceback (most recent call last):
       ...
-      ValueError: teacher: the tensors do not fit resnet20_cifar10: missing features.init_block.bn.bias, ...
+      granq_jax.errors.InputError: teacher: the tensors do not fit resnet20_cifar10: missing ...
     """
     return load_named(name, source)[0]
 
@@ -164,7 +165,7 @@ class _Found:
 
 
 def _found(name: str, content: Any, path: Path | None = None) -> _Found:
-    """The one set of tensors in ``content`` that fits; raises a ``ValueError`` that says why there is none."""
+    """The one set of tensors in ``content`` that fits; raises an ``InputError`` that says why there is none."""
     file = "" if path is None else f"{str(path)!r} "
     dictionaries = dict(_dictionaries(content))
     candidates = [
@@ -173,28 +174,28 @@ def _found(name: str, content: Any, path: Path | None = None) -> _Found:
     whole = [found for found in candidates if found.is_whole]
     if not whole:
         if model := _whole_model(content, dictionaries.values()):
-            raise ValueError(
+            raise InputError(
                 f"teacher: {file}holds a whole pickled model ({model}), whose code would have to run; where it does, "
                 "save what load_state_dict() takes instead: torch.save(model.state_dict(), FILE)"
             )
         if not dictionaries:
-            raise ValueError(f"teacher: {file}holds {_named(content)}, allowed are tensors by name")
+            raise InputError(f"teacher: {file}holds {_named(content)}, allowed are tensors by name")
         best = max(candidates, key=lambda found: len(found.tensors), default=None)
-        raise ValueError(_reason(name, best, dictionaries, file))
+        raise InputError(_reason(name, best, dictionaries, file))
     first, *others = whole
     for other in others:
         with contextlib.nullcontext() if path is None else _file_is_to_blame(path):
             are_equal = _equal(first, other)
         if not are_equal:
             places = " and ".join(found.whereabouts[2:] or "on their own" for found in (first, other))
-            raise ValueError(
+            raise InputError(
                 f"teacher: {file}holds two sets of tensors that fit {name} and differ, {places}; save the one you want "
                 "in a file of its own"
             )
     # Equal ones may lie beside different others.
     chosen = min(whole, key=lambda found: len(found.surplus))
     if chosen.naming.refusal or chosen.surplus:
-        raise ValueError(chosen.naming.refusal or _reason(name, chosen, dictionaries, file))
+        raise InputError(chosen.naming.refusal or _reason(name, chosen, dictionaries, file))
     return chosen
 
 
@@ -348,23 +349,23 @@ def _to_numpy(key: str, value: Any) -> np.ndarray:
                 return np.asarray(value.float()).astype(jnp.bfloat16)
         return np.asarray(value)
     except Exception as error:  # whatever an object that is no array does
-        raise ValueError(f"teacher: {key} is a {type(value).__name__} that is no array") from error
+        raise InputError(f"teacher: {key} is a {type(value).__name__} that is no array") from error
 
 
 def _checked(key: str, value: np.ndarray, is_variance: bool) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
         array = value.astype(jax.dtypes.canonicalize_dtype(value.dtype.newbyteorder("=")), copy=False)
     if not np.isfinite(array).all():
-        raise ValueError(f"teacher: {key} holds NaN or infinity, allowed are finite numbers of {array.dtype}")
+        raise InputError(f"teacher: {key} holds NaN or infinity, allowed are finite numbers of {array.dtype}")
     if is_variance and (array < 0).any():
-        raise ValueError(f"teacher: {key} holds {array.min()}, allowed are numbers from 0, since it is a variance")
+        raise InputError(f"teacher: {key} holds {array.min()}, allowed are numbers from 0, since it is a variance")
     return array
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"teacher: got {str(path)!r}, but there is no such file")
+        raise InputError(f"teacher: got {str(path)!r}, but there is no such file")
     with contextlib.ExitStack() as stack:
         with _file_is_to_blame(path):
             tensors = stack.enter_context(open_tensors(path))
@@ -377,4 +378,4 @@ def _file_is_to_blame(path: Any) -> Iterator[None]:
         yield
     except Exception as error:  # each reader has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"teacher: {str(path)!r} cannot be read: {reason[:_REASON_LENGTH]}") from error
+        raise InputError(f"teacher: {str(path)!r} cannot be read: {reason[:_REASON_LENGTH]}") from error

@@ -18,10 +18,9 @@ import optax
 from granq_jax.data.splits import Batch, Split, ahead
 from granq_jax.distill.losses import wide
 from granq_jax.distill.trainer import Variables, evaluation_mode, random_key
-from granq_jax.errors import check_fields, real, truth, whole
+from granq_jax.errors import InputError, RunError, check_fields, real, truth, whole
 from granq_jax.runtime.devices import AXIS, mean_over_devices, place, sample_index, settle
 from granq_jax.runtime.progress import Progress
-from granq_jax.runtime.stopping import RunError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class PretrainSettings:
       seed: of initialisation, order and augmentation.
 
     Raises:
-      ValueError: for a value that is not allowed.
+      InputError: for a value that is not allowed.
     """
 
     epochs: int
@@ -112,7 +111,7 @@ def pretrain(
       after_epoch: called with the state and the epoch's mean loss.
 
     Raises:
-      ValueError: as :func:`check_batches` does.
+      InputError: as :func:`check_batches` does.
       RunError: if the loss is no longer finite, or an image cannot be read.
     """
     devices = devices or jax.devices()
@@ -168,7 +167,7 @@ def pretrain(
 def check_batches(
     settings: PretrainSettings, split: Split, devices: Sequence[jax.Device], owner: str = "PretrainSettings"
 ) -> np.ndarray:
-    """Raises a ``ValueError`` unless batches as in ``settings``, called ``owner``, can be made of ``split``.
+    """Raises an ``InputError`` unless batches as in ``settings``, called ``owner``, can be made of ``split``.
 
     They must not be larger than it, divide over ``devices``, and have small images no larger than its own.
 
@@ -177,12 +176,12 @@ def check_batches(
     """
     share = sample_index(settings.batch_size, devices, f"{owner}.batch_size")
     if settings.batch_size > len(split):
-        raise ValueError(
+        raise InputError(
             f"{owner}.batch_size: got {settings.batch_size}, "
             f"allowed are whole numbers up to the {len(split)} training images"
         )
     if settings.small_epochs and settings.small_size > split.dataset.image_size:
-        raise ValueError(
+        raise InputError(
             f"{owner}.small_size: got {settings.small_size}, "
             f"allowed are whole numbers up to the images' {split.dataset.image_size} pixels"
         )

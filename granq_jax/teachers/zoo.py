@@ -14,6 +14,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 
+from granq_jax.errors import InputError
 from granq_jax.files.archives import open_zip
 from granq_jax.runtime.paths import expanded
 
@@ -82,7 +83,7 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
       The path of the ``.pth`` file, whose SHA-1 is the published one.
 
     Raises:
-      ValueError: if there is no checkpoint of that name, or the file is not the published one. A
+      InputError: if there is no checkpoint of that name, or the file is not the published one. A
         file found in the cache is left there then; a downloaded one is not.
       ConnectionError: if it could not be downloaded, in few redirects that all stay with ``https``.
         What has arrived is kept, unless it is more than any checkpoint has.
@@ -91,10 +92,10 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
       >>> fetch("resnet19")
       Traceback (most recent call last):
       ...
-      ValueError: config.teacher: got 'resnet19', allowed are resnet20_cifar10, ..., mobilenetv2_w1
+      granq_jax.errors.InputError: config.teacher: got 'resnet19', allowed are resnet20_cifar10, ..., mobilenetv2_w1
     """
     if not isinstance(name, str) or name not in CHECKPOINTS:
-        raise ValueError(f"config.teacher: got {name!r}, allowed are {', '.join(CHECKPOINTS)}")
+        raise InputError(f"config.teacher: got {name!r}, allowed are {', '.join(CHECKPOINTS)}")
     checkpoint = CHECKPOINTS[name]
     users = platformdirs.user_cache_path("granq-jax") / "checkpoints"
     cache = expanded(users if cache_dir is None else cache_dir, "cache_dir")
@@ -105,7 +106,7 @@ def fetch(name: str, cache_dir: str | os.PathLike | None = None) -> Path:
             if not path.exists():  # no other process was faster
                 _provide(checkpoint, path)
     if (found := _sha1(path)) != checkpoint.sha1:
-        raise ValueError(
+        raise InputError(
             f"config.teacher: got {name!r}, but {path} has SHA-1 {found} instead of {checkpoint.sha1}; "
             f"remove it, and it will be downloaded from {checkpoint.url}"
         )
@@ -119,7 +120,7 @@ def _provide(checkpoint: Checkpoint, path: Path) -> None:
         try:
             _unpack(archive, path, checkpoint.sha1)
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{given}, but {archive} {error}; remove it, and it will be downloaded from {checkpoint.url}"
             ) from error
         return
@@ -135,7 +136,7 @@ def _provide(checkpoint: Checkpoint, path: Path) -> None:
     try:
         _unpack(part, path, checkpoint.sha1)
     except ValueError as error:
-        raise ValueError(f"{given}, but what came from {checkpoint.url} {error}; try again, or {by_hand}") from error
+        raise InputError(f"{given}, but what came from {checkpoint.url} {error}; try again, or {by_hand}") from error
     finally:
         part.unlink()
 
@@ -152,16 +153,16 @@ def _unpack(archive: Path, path: Path, sha1: str) -> None:
             ):
                 # No more is read than the archive says there is.
                 if (size := archived.getinfo(path.name).file_size) > _MAX_BYTES:
-                    raise ValueError(f"it unpacks to {size} bytes, allowed are {_MAX_BYTES}")
+                    raise InputError(f"it unpacks to {size} bytes, allowed are {_MAX_BYTES}")
                 shutil.copyfileobj(member, file)
         except OSError:
             raise
         except Exception as error:  # of many kinds; what failed is always the zip file
-            raise ValueError(
+            raise InputError(
                 f"is not a sound zip file with {path.name} in it: {' '.join(str(error).split())}"
             ) from error
         if (found := _sha1(unfinished)) != sha1:
-            raise ValueError(f"holds a file with SHA-1 {found} instead of {sha1}")
+            raise InputError(f"holds a file with SHA-1 {found} instead of {sha1}")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

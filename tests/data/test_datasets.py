@@ -13,7 +13,7 @@ import pytest
 
 from granq_jax.data.datasets import DATASETS, load_split
 from granq_jax.data.splits import EncodedSplit, batches, centre_crop
-from granq_jax.runtime.stopping import RunError
+from granq_jax.errors import RunError
 from tests.conftest import one_line_error
 
 PREPARED = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere")) / "tfds"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from granq_jax.data.datasets import load_split
 from granq_jax.data.splits import Dataset, EncodedSplit, MemorySplit, RandomCrop, ahead, batches, centre_crop
-from granq_jax.runtime.stopping import RunError
+from granq_jax.errors import RunError
 from tests.conftest import one_line_error
 
 SMALL = Dataset(10, 24, 3, 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))

@@ -11,10 +11,10 @@ import granq_jax.modes.train
 from granq_jax import create_model, quantize, train_and_evaluate
 from granq_jax.config import load_config
 from granq_jax.distill import guard
+from granq_jax.errors import RunError
 from granq_jax.modes.evaluate import evaluate_run
 from granq_jax.report.reading import read_run
 from granq_jax.runs.checkpoint import save_variables
-from granq_jax.runtime.stopping import RunError
 from tests.distill.test_joint_run import make_trainer
 from tests.modes.test_train import metrics_of, tiny_config
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from granq_jax.distill.trainer import AVERAGE
+from granq_jax.errors import RunError
 from granq_jax.quant import RANGES
 from granq_jax.runs.checkpoint import Checkpoints, digest
-from granq_jax.runtime.stopping import RunError
 from tests.conftest import one_line_error
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from granq_jax.errors import RunError
 from granq_jax.runs.checkpoint import Checkpoints
-from granq_jax.runtime.stopping import RunError
 from tests.fuzzing import damaged, fuzz
 
 STATE = {"step": np.int32(7), "student": {"kernel": np.arange(600, dtype=np.float32).reshape(20, 30)}}
