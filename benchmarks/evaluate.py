@@ -32,9 +32,9 @@ def ours(network, count, batch):
     import jax.numpy as jnp
 
     from granq_jax import load_config
+    from granq_jax.config import make_trainer
     from granq_jax.data.splits import MemorySplit
     from granq_jax.runs.accuracy import student_accuracy
-    from granq_jax.runs.build import make_trainer
     from granq_jax.runtime.devices import halve_cpu
 
     halve_cpu([batch])

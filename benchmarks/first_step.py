@@ -27,9 +27,9 @@ def measure(name, steps, cache, started):
     import jax
 
     from granq_jax import load_config
+    from granq_jax.config import make_trainer
     from granq_jax.distill.joint_run import JointRun
     from granq_jax.models.registry import network
-    from granq_jax.runs.build import make_trainer
     from granq_jax.runs.record import peak_rss_mb
     from granq_jax.runtime.compilation_cache import use_compilation_cache
     from granq_jax.runtime.devices import halve_cpu

@@ -21,6 +21,7 @@ import flax.traverse_util
 import jax
 
 from granq_jax import QuantSpec, fake_quant, load_config
+from granq_jax.config import make_trainer
 from granq_jax.data.datasets import load_split
 from granq_jax.distill.joint_run import JointRun
 from granq_jax.quant import quantize_params, weight_paths
@@ -28,7 +29,6 @@ from granq_jax.quant.affine import affine_within
 from granq_jax.quant.ranges import RANGES
 from granq_jax.quant.spec import without_weights
 from granq_jax.runs.accuracy import student_accuracy
-from granq_jax.runs.build import make_trainer
 from granq_jax.teachers.load import load_teacher
 
 

@@ -33,8 +33,8 @@ def joint_run(network, batch, impl="auto", precision="default"):
     import jax.numpy as jnp
 
     from granq_jax import load_config
+    from granq_jax.config import make_trainer
     from granq_jax.distill.joint_run import JointRun
-    from granq_jax.runs.build import make_trainer
 
     config = load_config(CONFIGS[network])
     config.batch_size, config.quant.impl, config.precision = batch, impl, precision

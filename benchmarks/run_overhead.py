@@ -62,8 +62,8 @@ def take(way, steps, cache):
 def bare(config, workdir, first, last):
     import jax
 
+    from granq_jax.config import make_trainer
     from granq_jax.distill.joint_run import JointRun
-    from granq_jax.runs.build import make_trainer
     from granq_jax.teachers.load import load_teacher
 
     run = JointRun(make_trainer(config), load_teacher(config, workdir), jax.devices())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from granq_jax.config import load_config as load_config
     from granq_jax.distill.joint_run import zero_shot_quantize as zero_shot_quantize
-    from granq_jax.distill.trainer import LossSettings as LossSettings
-    from granq_jax.distill.trainer import OptimizerSettings as OptimizerSettings
+    from granq_jax.distill.settings import LossSettings as LossSettings
+    from granq_jax.distill.settings import OptimizerSettings as OptimizerSettings
     from granq_jax.distill.trainer import Trainer as Trainer
     from granq_jax.models import Activation as Activation
     from granq_jax.models import Generator as Generator
@@ -36,8 +36,8 @@ _HOMES = {
     "quantize_codes": "granq_jax.quant",
     "load_torch": "granq_jax.teachers.torch_import",
     "train_and_evaluate": "granq_jax.modes.train",
-    "LossSettings": "granq_jax.distill.trainer",
-    "OptimizerSettings": "granq_jax.distill.trainer",
+    "LossSettings": "granq_jax.distill.settings",
+    "OptimizerSettings": "granq_jax.distill.settings",
     "Trainer": "granq_jax.distill.trainer",
 }
 __all__ = list(_HOMES)

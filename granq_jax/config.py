@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,129 +14,159 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from granq_jax.data.datasets import DATASETS
-from granq_jax.distill.trainer import OBJECTIVES, ON_NONFINITE, STUDENT_OPTIMIZERS
-from granq_jax.errors import Check, InputError
-from granq_jax.errors import betas as _betas
-from granq_jax.errors import choice as _choice
-from granq_jax.errors import decay as _decay
-from granq_jax.errors import for_channels as _for_channels
-from granq_jax.errors import increasing_epochs as _increasing_epochs
-from granq_jax.errors import real as _real
-from granq_jax.errors import text as _text
-from granq_jax.errors import truth as _truth
-from granq_jax.errors import whole as _whole
-from granq_jax.models.registry import NETWORKS
-from granq_jax.quant.dispatch import IMPLEMENTATIONS
-from granq_jax.quant.spec import (
-    ACT_GRANULARITIES,
-    ACT_RANGES,
-    KEPT_GRANULARITIES,
-    MAX_BITS,
-    MIN_BITS,
-    PLACEMENTS,
-    WEIGHT_GRANULARITIES,
-    WEIGHT_RANGES,
-    QuantSpec,
-)
+from granq_jax.data.datasets import DATASETS, described
+from granq_jax.data.splits import Dataset
+from granq_jax.distill.settings import LARGEST, LossSettings, OptimizerSettings, PretrainSettings
+from granq_jax.distill.trainer import Trainer
+from granq_jax.errors import Check, InputError, checks_of, choice, for_channels, real, setting, text, truth, whole
+from granq_jax.models.generator import Generator
+from granq_jax.models.registry import NETWORKS, create_model
+from granq_jax.quant.spec import QuantSpec
 from granq_jax.runtime.paths import expanded
-from granq_jax.runtime.platforms import PRECISIONS
 
 TRAIN_A_TEACHER = "train"
 SCHEDULES = ("steps", "cosine")
 ON_BREAKDOWN = ("stop", "go_on")
 PAPER = "paper"  # the folder of the released settings
 _CONFIGS = resources.files("granq_jax.configs")
+_MOST_STEPS = 2**31 - 1  # they are counted in 32 bits
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunSettings:
+    """What a run is of, how long it lasts, and what it writes.
+
+    Attributes:
+      network: the teacher's and the student's, see :mod:`granq_jax.models.registry`.
+      dataset: what the teacher was trained on; used to evaluate, and to train a teacher.
+      data_dir: where it is; ``""`` is TensorFlow Datasets' own default.
+      mean: and
+      std: of pixels from 0 to 1, a number for each channel, as the teacher was trained with; ``()`` is the usual one.
+      teacher: ``"bundled"``, a checkpoint's path, a public checkpoint's name, or ``"train"`` to train one first.
+      epochs: of the run, warm-up included.
+      eval: ``"test"``, or ``"none"`` for a run without any data.
+      eval_batch_size: images evaluated at a time, over all devices; small ones are faster on CPUs.
+      eval_every_epochs: how often the student is evaluated.
+      checkpoint_every_epochs: how often the run is saved.
+      keep_checkpoints: so many of the newest checkpoints are kept,
+      keep_best: and that of the best evaluation.
+      resume: whether a run that is there goes on; False refuses it.
+      on_breakdown: ``"stop"`` or ``"go_on"``: what a run does when its student breaks down on held-out images.
+      log_every_steps: steps from one line of metrics to the next.
+      student_schedule: ``"steps"``, a tenth of the rate from each of ``decay_epochs`` on, or ``"cosine"``, by which
+        the student's rate also falls to zero over the run.
+      generator_conditional: whether labels choose scale and shift of the generator's batch norms.
+      profile_start: the first step of the trace of a run, and
+      profile_steps: how many steps it holds; 0 is no trace.
+    """
+
+    network: str = setting("resnet20_cifar10", choice(*NETWORKS))
+    dataset: str = setting("cifar10", choice(*DATASETS))
+    data_dir: str = setting("", text())
+    mean: tuple[float, ...] = setting((), for_channels(real(0, 1)))
+    std: tuple[float, ...] = setting((), for_channels(real(0, low_open=True)))
+    teacher: str = setting("bundled", text())
+    epochs: int = setting(200, whole(1))
+    eval: str = setting("test", choice("test", "none"))
+    eval_batch_size: int = setting(64, whole(1, LARGEST))
+    eval_every_epochs: int = setting(10, whole(1))
+    checkpoint_every_epochs: int = setting(10, whole(1))
+    keep_checkpoints: int = setting(2, whole(1))
+    keep_best: bool = setting(True, truth())
+    resume: bool = setting(True, truth())
+    on_breakdown: str = setting("stop", choice(*ON_BREAKDOWN))
+    log_every_steps: int = setting(20, whole(1))
+    student_schedule: str = setting("steps", choice(*SCHEDULES))
+    generator_conditional: bool = setting(False, truth())
+    profile_start: int = setting(10, whole(0))
+    profile_steps: int = setting(0, whole(0))
+
+
+# Whose fields a config's settings are, and the group that they stand in; the fields that begin with the name of a group
+# stand in that one, without its name.
+_OWNERS = {
+    **{RunSettings: "", Trainer: "", OptimizerSettings: "", QuantSpec: "quant", LossSettings: "loss"},
+    PretrainSettings: "teacher_training",
+}
+_GROUPS = ("student", "generator", "profile")
+# The config says otherwise: the cosine ends with the run, and most teachers begin with small images.
+_NOT_SET, _DEFAULTS = {"cosine_epochs"}, {"teacher_training.small_epochs": 38}
+
+
+def _keys(owner: type) -> dict[str, str]:
+    """Of each setting of a class its name in a config: ``{"student_lr": "student.lr"}``."""
+    keys = {}
+    for field in checks_of(owner):
+        group, _, rest = field.partition("_")
+        if owner is Trainer and field == "impl":
+            keys[field] = "quant.impl"
+        elif group in _GROUPS:
+            keys[field] = f"{group}.{rest}"
+        elif field not in _NOT_SET:
+            keys[field] = f"{_OWNERS[owner]}.{field}".removeprefix(".")
+    return keys
+
+
+CHECKS: dict[str, Check] = {key: checks_of(owner)[field] for owner in _OWNERS for field, key in _keys(owner).items()}
 
 
 def default_config() -> ConfigDict:
     """All settings there are, with the paper's values for CIFAR-10 and ResNet-20.
 
-    A config file takes these and sets what differs.
+    A config file takes these and sets what differs. What they mean stands with the classes whose fields they are:
+    :class:`RunSettings`, :class:`~granq_jax.QuantSpec`, :class:`~granq_jax.OptimizerSettings`,
+    :class:`~granq_jax.LossSettings`, :class:`~granq_jax.Trainer` and
+    :class:`~granq_jax.distill.settings.PretrainSettings`.
 
     Examples:
       >>> default_config().quant.weight_bits
       3
     """
-    config = ConfigDict()
-    config.seed = 0
-    config.network = "resnet20_cifar10"
-    config.dataset = "cifar10"
-    config.data_dir = ""  # where the data are; "" is TFDS's own default
-    config.mean = ()  # and
-    config.std = ()  # of pixels from 0 to 1, a number for each channel, as the teacher was trained with; () is usual
-    config.teacher = "bundled"  # or a checkpoint's path, a public checkpoint's name, "train" to train one first
-    config.batch_size = 16  # over all devices
-    config.epochs = 200
-    config.steps_per_epoch = 200
-    config.warmup_epochs = 4  # the first epochs, in which only the generator moves
-    config.latent = 100
-    config.eval = "test"  # or "none"
-    config.eval_batch_size = 64  # faster on CPUs than larger ones
-    config.eval_every_epochs = 10
-    config.checkpoint_every_epochs = 10
-    config.keep_checkpoints = 2  # the newest so many, and
-    config.keep_best = True  # that of the best evaluation
-    config.resume = True  # go on with a run that is there already; False refuses it
-    config.on_nonfinite = "stop"  # or "skip": leave a step out whose losses or parameters are not finite
-    config.on_breakdown = "stop"  # or "go_on": what a run does when its student breaks down on held-out images
-    config.log_every_steps = 20
-    config.precision = "default"  # of products on GPUs: "float32" or "tf32", or as jax_default_matmul_precision says
+    values: dict[str, Any] = {}
+    for owner in _OWNERS:
+        defaults = {field.name: field.default for field in dataclasses.fields(owner)}
+        for field, key in _keys(owner).items():
+            group, _, name = key.rpartition(".")
+            section = values.setdefault(group, {}) if group else values
+            section[name] = _DEFAULTS.get(key, defaults[field])
+    return ConfigDict(values)
 
-    config.quant = ConfigDict()
-    config.quant.weight_bits = 3
-    config.quant.act_bits = 3
-    config.quant.weight_granularity = "out_channel"
-    config.quant.weight_ranges = "minmax"  # or "mse": of least squared error
-    config.quant.act_granularity = "sample_channel"
-    config.quant.act_ranges = "dynamic"  # or "moving_average"
-    config.quant.placement = "activation"
-    config.quant.overrides = ()  # such as (("^stem/conv$", (("act_bits", 8),)),)
-    config.quant.impl = "auto"
 
-    config.student = ConfigDict()
-    config.student.optimizer = "sgd"  # or "adam"
-    config.student.lr = 1e-4
-    config.student.schedule = "steps"  # or "cosine": the rate falls to zero over the run
-    config.student.momentum = 0.9
-    config.student.weight_decay = 1e-4
-    config.student.ema_decay = 0.0  # of a moving average of its parameters, which is then the result; 0 is none
+def settings_of(owner: type, config: ConfigDict) -> dict[str, Any]:
+    """What a config says of the fields of a class.
 
-    config.generator = ConfigDict()  # Adam
-    config.generator.lr = 1e-3
-    config.generator.betas = (0.5, 0.999)
-    config.generator.conditional = False  # labels choose scale and shift of its batch norms
+    Examples:
+      >>> settings_of(QuantSpec, default_config())["weight_granularity"]
+      'out_channel'
+    """
+    values = dict(flat(config))
+    return {field: values[key] for field, key in _keys(owner).items()}
 
-    config.decay_epochs = (100, 200, 300)  # both rates fall to a tenth at each, epochs from 0
 
-    config.loss = ConfigDict()
-    config.loss.hinge = 1.0
-    config.loss.alpha_ds = 0.2
-    config.loss.alpha_as = 0.1
-    config.loss.alpha_label = 0.0
-    config.loss.beta = 1.0
-    config.loss.gamma = 1.0
-    config.loss.lambda_lower = 0.1
-    config.loss.lambda_upper = 0.8
-    config.loss.temperature = 20.0
-    config.loss.objective = "adadfq"  # or "gdfq"
-    config.loss.attention = 0.0  # of AKT's attention distillation
+def make_dataset(config: ConfigDict) -> Dataset:
+    """What a config says of its images: the data set's, or with the mean and deviation of its teacher's training."""
+    return described(config.dataset, config.mean, config.std)
 
-    config.profile = ConfigDict()  # a trace of `steps` steps from `start` on; 0 steps is none
-    config.profile.start = 10
-    config.profile.steps = 0
 
-    config.teacher_training = ConfigDict()  # used by --mode train_teacher, and where teacher = "train"
-    config.teacher_training.epochs = 50
-    config.teacher_training.batch_size = 128
-    config.teacher_training.lr = 0.2
-    config.teacher_training.weight_decay = 5e-4
-    config.teacher_training.label_smoothing = 0.0
-    config.teacher_training.max_shift = 4  # pixels; photographs are cropped at random instead
-    config.teacher_training.flip = True
-    config.teacher_training.small_size = 24  # of the images in the first `small_epochs` epochs
-    config.teacher_training.small_epochs = 38
-    return config
+def make_trainer(config: ConfigDict) -> Trainer:
+    """The :class:`~granq_jax.Trainer` that a config describes."""
+    dataset = DATASETS[config.dataset]
+    return Trainer(
+        model=create_model(config.network),
+        generator=Generator(dataset.classes, dataset.image_size, dataset.channels, config.generator.conditional),
+        spec=QuantSpec(**settings_of(QuantSpec, config)),
+        losses=LossSettings(**settings_of(LossSettings, config)),
+        optimizers=OptimizerSettings(
+            **settings_of(OptimizerSettings, config),
+            cosine_epochs=config.epochs if config.student.schedule == "cosine" else 0,
+        ),
+        **settings_of(Trainer, config),
+    )
+
+
+def make_teacher_training(config: ConfigDict) -> PretrainSettings:
+    """How a config says that a teacher is trained."""
+    return PretrainSettings(**settings_of(PretrainSettings, config), seed=config.seed)
 
 
 def load_config(name: str | os.PathLike) -> ConfigDict:
@@ -214,84 +245,6 @@ def config_names() -> list[str]:
     return sorted(file[:-3] for file in files if file.endswith(".py") and Path(file).name[0] != "_")
 
 
-def _are_overrides(value: Any) -> bool:
-    try:
-        QuantSpec(overrides=value)
-    except (TypeError, ValueError):
-        return False
-    return isinstance(value, tuple)
-
-
-_LARGEST = 2**16  # of what arrays are made by: a slip of the hand shall not fill the memory
-_MOST_STEPS = 2**31 - 1  # they are counted in 32 bits
-CHECKS: dict[str, Check] = {
-    "seed": _whole(0, 2**31 - 1),
-    "network": _choice(*NETWORKS),
-    "dataset": _choice(*DATASETS),
-    "data_dir": _text(),
-    "mean": _for_channels(_real(0, 1)),
-    "std": _for_channels(_real(0, low_open=True)),
-    "teacher": _text(),
-    "batch_size": _whole(2, _LARGEST),
-    "epochs": _whole(1),
-    "steps_per_epoch": _whole(1),
-    "warmup_epochs": _whole(0),
-    "latent": _whole(1, _LARGEST),
-    "eval": _choice("test", "none"),
-    "eval_batch_size": _whole(1, _LARGEST),
-    "eval_every_epochs": _whole(1),
-    "checkpoint_every_epochs": _whole(1),
-    "keep_checkpoints": _whole(1),
-    "keep_best": _truth(),
-    "resume": _truth(),
-    "on_nonfinite": _choice(*ON_NONFINITE),
-    "on_breakdown": _choice(*ON_BREAKDOWN),
-    "log_every_steps": _whole(1),
-    "precision": _choice(*PRECISIONS),
-    "quant.weight_bits": _whole(MIN_BITS, MAX_BITS),
-    "quant.act_bits": _whole(MIN_BITS, MAX_BITS),
-    "quant.weight_granularity": _choice(*WEIGHT_GRANULARITIES),
-    "quant.weight_ranges": _choice(*WEIGHT_RANGES),
-    "quant.act_granularity": _choice(*ACT_GRANULARITIES),
-    "quant.act_ranges": _choice(*ACT_RANGES),
-    "quant.placement": _choice(*PLACEMENTS),
-    "quant.overrides": (_are_overrides, "tuples of pairs of a pattern and its (field, value) pairs"),
-    "quant.impl": _choice(*IMPLEMENTATIONS),
-    "student.optimizer": _choice(*STUDENT_OPTIMIZERS),
-    "student.lr": _real(0),
-    "student.schedule": _choice(*SCHEDULES),
-    "student.momentum": _decay(),
-    "student.weight_decay": _real(0),
-    "student.ema_decay": _decay(),
-    "generator.lr": _real(0),
-    "generator.betas": _betas(),
-    "generator.conditional": _truth(),
-    "decay_epochs": _increasing_epochs(),
-    "loss.hinge": _real(0),
-    "loss.alpha_ds": _real(0),
-    "loss.alpha_as": _real(0),
-    "loss.alpha_label": _real(0),
-    "loss.beta": _real(0),
-    "loss.gamma": _real(0),
-    "loss.lambda_lower": _real(0, 1),
-    "loss.lambda_upper": _real(0, 1),
-    "loss.temperature": _real(0, low_open=True),
-    "loss.objective": _choice(*OBJECTIVES),
-    "loss.attention": _real(0),
-    "profile.start": _whole(0),
-    "profile.steps": _whole(0),
-    "teacher_training.epochs": _whole(1),
-    "teacher_training.batch_size": _whole(2, _LARGEST),
-    "teacher_training.lr": _real(0, low_open=True),
-    "teacher_training.weight_decay": _real(0),
-    "teacher_training.label_smoothing": _real(0, 1),
-    "teacher_training.max_shift": _whole(0, 224),
-    "teacher_training.flip": _truth(),
-    "teacher_training.small_size": _whole(1),
-    "teacher_training.small_epochs": _whole(0),
-}
-
-
 def check_setting_exists(key: str) -> None:
     """Raises an ``InputError`` that lists all settings if ``key`` (``quant.act_bits``) is not one."""
     if key not in CHECKS:
@@ -320,22 +273,6 @@ def check_config(config: ConfigDict) -> None:
             raise InputError(f"config.{key}: not set, allowed are {allowed}")
         if not holds(values[key]):
             raise InputError(f"config.{key}: got {values[key]!r}, allowed are {allowed}")
-    if config.loss.lambda_lower > config.loss.lambda_upper:
-        raise InputError(
-            f"config.loss.lambda_lower: got {config.loss.lambda_lower}, "
-            f"allowed are numbers up to config.loss.lambda_upper, {config.loss.lambda_upper}"
-        )
-    if config.quant.act_ranges == "moving_average":
-        if config.quant.act_granularity not in KEPT_GRANULARITIES:
-            raise InputError(
-                f"config.quant.act_granularity: got {config.quant.act_granularity!r} with config.quant.act_ranges "
-                f"'moving_average', allowed are {', '.join(map(repr, KEPT_GRANULARITIES))}"
-            )
-        if not config.warmup_epochs:
-            raise InputError(
-                "config.warmup_epochs: got 0 with config.quant.act_ranges 'moving_average', whose ranges are measured "
-                "in the warm-up; allowed are whole numbers from 1"
-            )
     if config.student.schedule == "cosine" and config.warmup_epochs >= config.epochs:
         raise InputError(
             f"config.student.schedule: got 'cosine' with config.warmup_epochs {config.warmup_epochs} of config.epochs "
@@ -357,12 +294,6 @@ def check_config(config: ConfigDict) -> None:
             f"config.profile.start: got {config.profile.start} with config.profile.steps {config.profile.steps}, "
             f"allowed are traces that end within the run's {steps} steps"
         )
-    training = config.teacher_training
-    if training.small_epochs > training.epochs:
-        raise InputError(
-            f"config.teacher_training.small_epochs: got {training.small_epochs}, "
-            f"allowed are whole numbers up to config.teacher_training.epochs, {training.epochs}"
-        )
     network, dataset = NETWORKS[config.network], DATASETS[config.dataset]
     for what in ("classes", "image_size", "channels"):
         if getattr(network, what) != getattr(dataset, what):
@@ -376,11 +307,25 @@ def check_config(config: ConfigDict) -> None:
                 f"config.{what}: got {config[what]}, allowed are {dataset.channels} numbers, one for each channel of "
                 f"{config.dataset}, and ()"
             )
+    training = config.teacher_training
     if training.small_epochs and training.small_size > dataset.image_size:
         raise InputError(
             f"config.teacher_training.small_size: got {training.small_size}, "
             f"allowed are whole numbers up to the {dataset.image_size} pixels of {config.dataset}"
         )
+    try:
+        make_trainer(config)
+        make_teacher_training(config)
+    except InputError as error:
+        raise InputError(_in_words_of_configs(str(error))) from None
+
+
+def _in_words_of_configs(message: str) -> str:
+    """A message about fields of classes, with the names that a config has for them."""
+    for owner in _OWNERS:
+        for field, key in sorted(_keys(owner).items(), key=lambda item: -len(item[0])):
+            message = message.replace(f"{owner.__name__}.{field}", f"config.{key}")
+    return message
 
 
 def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

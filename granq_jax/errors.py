@@ -7,6 +7,7 @@ the first, with 1 for the second; any other exception is a fault of the package,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -130,6 +131,34 @@ def check_fields(owner: Any, checks: Mapping[str, Check]) -> None:
         plain = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
         if plain is not value:
             object.__setattr__(owner, field, plain)  # it may be a frozen dataclass
+
+
+def setting(default: Any, check: Check) -> Any:
+    """A field of a dataclass of settings: :func:`check_settings` checks it, and the config has it from there.
+
+    Examples:
+      >>> @dataclasses.dataclass
+      ... class Settings:
+      ...     bits: int = setting(3, whole(2, 8))
+      >>> check_settings(Settings(bits=9))
+      Traceback (most recent call last):
+      ...
+      granq_jax.errors.InputError: Settings.bits: got 9, allowed are whole numbers from 2 to 8
+    """
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def checks_of(owner: Any) -> dict[str, Check]:
+    """The checks of the fields of ``owner``, a dataclass or an instance of one, that are settings."""
+    return {field.name: field.metadata["check"] for field in dataclasses.fields(owner) if "check" in field.metadata}
+
+
+def check_settings(owner: Any, but: Iterable[str] = ()) -> None:
+    """Raises an ``InputError`` that names the first setting of ``owner``, a dataclass, that is not allowed.
+
+    Those in ``but`` are not looked at.
+    """
+    check_fields(owner, {name: check for name, check in checks_of(owner).items() if name not in but})
 
 
 def check_choice(field: str, value: Any, allowed: Iterable[str]) -> None:

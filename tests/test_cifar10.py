@@ -11,10 +11,10 @@ import pytest
 import granq_jax.quant.transform
 import granq_jax.teachers.load
 from granq_jax import Generator, QuantSpec, Trainer, create_model, load_config, load_torch, quantize
+from granq_jax.config import make_trainer
 from granq_jax.data.datasets import load_split
 from granq_jax.modes.export import export_pixels_program
 from granq_jax.runs.accuracy import float_accuracy, student_accuracy
-from granq_jax.runs.build import make_trainer
 
 DATA = Path(os.environ.get("GRANQ_JAX_TEST_DATA", "nowhere"))
 NAME = "resnet20_cifar10"

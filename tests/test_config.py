@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 
 from granq_jax import load_config
-from granq_jax.config import CHECKS, check_config, default_config
-from granq_jax.runs.build import make_trainer
+from granq_jax.config import CHECKS, check_config, default_config, make_trainer
 from tests.conftest import one_line_error
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from granq_jax import Generator, LossSettings, OptimizerSettings
+from granq_jax.distill.settings import PretrainSettings
 from granq_jax.errors import betas, check_fields, decay, increasing_epochs, real, truth, whole
-from granq_jax.teachers.training import PretrainSettings
 from tests.conftest import one_line_error
 
 

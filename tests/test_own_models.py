@@ -16,9 +16,10 @@ from granq_jax.data.datasets import load_split
 from granq_jax.distill import losses
 from granq_jax.distill.joint_run import zero_shot_quantize
 from granq_jax.distill.joint_step import apply_with_moments, sample_noise, update
+from granq_jax.distill.settings import PretrainSettings
 from granq_jax.distill.trainer import evaluation_mode
 from granq_jax.quant import in_full_precision
-from granq_jax.teachers.training import PretrainSettings, pretrain
+from granq_jax.teachers.training import pretrain
 from tests.conftest import one_line_error
 
 SPEC = QuantSpec(weight_bits=3, act_bits=3, placement="operand")

@@ -24,9 +24,10 @@ from granq_jax import (
     zero_shot_quantize,
 )
 from granq_jax.data.datasets import load_split
+from granq_jax.distill.settings import PretrainSettings
 from granq_jax.export import export_program
 from granq_jax.teachers import zoo
-from granq_jax.teachers.training import PretrainSettings, pretrain
+from granq_jax.teachers.training import pretrain
 from tests.conftest import one_line_error
 from tests.files.test_tensor_files import state_dict
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from granq_jax.distill import losses
-from granq_jax.distill.trainer import LossSettings, Variables
+from granq_jax.distill.settings import LossSettings
+from granq_jax.distill.trainer import Variables
 from granq_jax.errors import InputError
 
 

@@ -17,17 +17,8 @@ import optax
 
 from granq_jax.distill import schedules
 from granq_jax.distill.losses import wide
-from granq_jax.errors import (
-    InputError,
-    InputTypeError,
-    betas,
-    check_choice,
-    check_fields,
-    decay,
-    increasing_epochs,
-    real,
-    whole,
-)
+from granq_jax.distill.settings import LARGEST, LossSettings, OptimizerSettings
+from granq_jax.errors import InputError, InputTypeError, check_settings, choice, setting, whole
 from granq_jax.models.generator import Generator
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
@@ -38,9 +29,6 @@ from granq_jax.runtime.platforms import PRECISIONS, multiplied_in, traced_for
 Variables = Mapping[str, Any]
 AVERAGE = "granq_average"  # the collection of the student's averaged parameters, where they are kept
 ON_NONFINITE = ("stop", "skip")
-OBJECTIVES = ("adadfq", "gdfq")
-STUDENT_OPTIMIZERS = ("sgd", "adam")
-
 
 # Arguments by which models are told what they are called for, and what they are given to evaluate.
 _EVALUATION = {
@@ -83,115 +71,6 @@ def random_key(seed: int) -> jax.Array:
     Others, ``"rbg"`` among them, give a sample other noise when it is drawn in another batch.
     """
     return jax.random.key(seed, impl="threefry2x32")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """Learning rates and their decays.
-
-    Attributes:
-      student_optimizer: ``"sgd"``, with Nesterov momentum, or ``"adam"``.
-      student_lr: learning rate of the student.
-      student_momentum: momentum of SGD, decay rate of Adam's first moments (that of the second ones is 0.999).
-      student_weight_decay: L2 term on every parameter, batch norms and biases included.
-      student_ema_decay: of the moving average of the student's parameters over its steps, which is then
-        what a run gives; 0 gives the parameters themselves.
-      generator_lr: of Adam.
-      generator_betas: its decay rates.
-      decay_epochs: both rates fall to a tenth at each.
-      cosine_epochs: the student's rate also falls along half a cosine, from the end of the warm-up to zero after so
-        many epochs of the run; 0 leaves the cosine out. The generator's rate does not fall with it.
-      steps_per_epoch: length of an epoch.
-      warmup_epochs: epochs at the start in which only the generator moves.
-    """
-
-    student_optimizer: str = "sgd"
-    student_lr: float = 1e-4
-    student_momentum: float = 0.9
-    student_weight_decay: float = 1e-4
-    student_ema_decay: float = 0.0
-    generator_lr: float = 1e-3
-    generator_betas: tuple[float, float] = (0.5, 0.999)
-    decay_epochs: tuple[int, ...] = (100, 200, 300)
-    cosine_epochs: int = 0
-    steps_per_epoch: int = 200
-    warmup_epochs: int = 4
-
-    def __post_init__(self) -> None:
-        check_choice("OptimizerSettings.student_optimizer", self.student_optimizer, STUDENT_OPTIMIZERS)
-        check_fields(
-            self,
-            {
-                "student_lr": real(0),
-                "student_momentum": decay(),
-                "student_weight_decay": real(0),
-                "student_ema_decay": decay(),
-                "generator_lr": real(0),
-                "generator_betas": betas(),
-                "decay_epochs": increasing_epochs(),
-                "cosine_epochs": whole(0),
-                "steps_per_epoch": whole(1),
-                "warmup_epochs": whole(0),
-            },
-        )
-        if 0 < self.cosine_epochs <= self.warmup_epochs:
-            raise InputError(
-                f"OptimizerSettings.cosine_epochs: got {self.cosine_epochs}, allowed are 0 and whole numbers above "
-                f"warmup_epochs, {self.warmup_epochs}"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossSettings:
-    """The losses, and the weights of their terms.
-
-    - ``"adadfq"``: L_G = hinge hinge' + beta (alpha_ds ds + alpha_as as + alpha_label CE(t, y)) + gamma BNS,
-      L_S = distillation + attention, with hinge' the balance hinge;
-    - ``"gdfq"``: L_G = beta CE(t, y) + gamma BNS, L_S = label distillation + attention.
-
-    Attributes:
-      objective: ``"adadfq"``, which GranQ trains with too, or ``"gdfq"``; see :mod:`granq_jax.distill.losses`.
-      hinge: weight of the balance hinge.
-      alpha_ds: weight of the discrepancy, which makes the generator an adversary of the student.
-      alpha_as: weight of the agreement.
-      alpha_label: weight of the cross-entropy of the teacher's logits and the label. Where ``hinge``, ``alpha_ds`` and
-        ``alpha_as`` are 0, the generator does not look at the student, and a step is cheaper.
-      beta: weight of these cross-entropies together.
-      gamma: weight of the batch-norm statistics.
-      lambda_lower: lower bound of the balance hinge.
-      lambda_upper: upper bound of the balance hinge.
-      temperature: of the distillation.
-      attention: weight of :func:`granq_jax.distill.losses.attention_distillation`, between the last activations
-        of each resolution; 0 leaves it out.
-    """
-
-    objective: str = "adadfq"
-    hinge: float = 1.0
-    alpha_ds: float = 0.2
-    alpha_as: float = 0.1
-    alpha_label: float = 0.0
-    beta: float = 1.0
-    gamma: float = 1.0
-    lambda_lower: float = 0.1
-    lambda_upper: float = 0.8
-    temperature: float = 20.0
-    attention: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_choice("LossSettings.objective", self.objective, OBJECTIVES)
-        weights = dict.fromkeys(("hinge", "alpha_ds", "alpha_as", "alpha_label", "beta", "gamma", "attention"), real(0))
-        bounds = dict.fromkeys(("lambda_lower", "lambda_upper"), real(0, 1))
-        check_fields(self, weights | bounds | {"temperature": real(0, low_open=True)})
-        if self.lambda_lower > self.lambda_upper:
-            raise InputError(
-                f"LossSettings.lambda_lower, lambda_upper: got {self.lambda_lower!r}, {self.lambda_upper!r}, "
-                "allowed are 0 <= lower <= upper <= 1"
-            )
-
-    @property
-    def watches_student(self) -> bool:
-        """Whether the generator's loss depends on the student."""
-        return self.objective == "adadfq" and bool(self.hinge or self.beta * (self.alpha_ds + self.alpha_as))
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -247,15 +126,15 @@ class Trainer:
     model: nn.Module
     generator: Generator
     spec: QuantSpec
-    impl: str = "auto"
-    losses: LossSettings = LossSettings()
-    optimizers: OptimizerSettings = OptimizerSettings()
-    batch_size: int = 16
-    latent: int = 100
-    seed: int = 0
+    impl: str = setting("auto", choice(*IMPLEMENTATIONS))
+    losses: LossSettings = dataclasses.field(default_factory=LossSettings)
+    optimizers: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    batch_size: int = setting(16, whole(2, LARGEST))
+    latent: int = setting(100, whole(1, LARGEST))
+    seed: int = setting(0, whole(0, 2**31 - 1))
     dtype: Any = jnp.float32
-    on_nonfinite: str = "stop"
-    precision: str = "default"
+    on_nonfinite: str = setting("stop", choice(*ON_NONFINITE))
+    precision: str = setting("default", choice(*PRECISIONS))
 
     def __post_init__(self) -> None:
         check_linen("Trainer.model", self.model)
@@ -278,15 +157,12 @@ class Trainer:
                 f"Trainer.dtype: got {jnp.dtype(self.dtype).name}, allowed are float32 and float64: the generator's "
                 "parameters have it too, and cannot learn in less; the model may compute in any"
             )
-        check_choice("Trainer.impl", self.impl, IMPLEMENTATIONS)
-        check_choice("Trainer.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        check_choice("Trainer.precision", self.precision, PRECISIONS)
+        check_settings(self)
         if self.spec.act_ranges == "moving_average" and not self.optimizers.warmup_epochs:
             raise InputError(
                 "OptimizerSettings.warmup_epochs: got 0 with QuantSpec.act_ranges='moving_average', whose ranges are "
                 "measured in the warm-up; allowed are whole numbers from 1"
             )
-        check_fields(self, {"batch_size": whole(2), "latent": whole(1), "seed": whole(0, 2**31 - 1)})
 
     @property
     def generator_schedule(self) -> optax.Schedule:

@@ -8,13 +8,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from granq_jax.config import make_trainer
 from granq_jax.errors import InputError, check_choice, reading_input
 from granq_jax.files.writing import write_json
 from granq_jax.modes.opening import opened
 from granq_jax.quant import effective_weight_bits
 from granq_jax.runs import names
 from granq_jax.runs.accuracy import float_accuracy, percentages, student_accuracy
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.record import check_writable, describe, versions
 from granq_jax.runs.student import state_of_run
 from granq_jax.runtime.processes import from_first, is_first

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from granq_jax.config import make_dataset, make_trainer
 from granq_jax.data.splits import Dataset
 from granq_jax.distill.trainer import Trainer, Variables, evaluation_mode
 from granq_jax.export.packed import save_packed
@@ -22,7 +23,6 @@ from granq_jax.modes.opening import opened
 from granq_jax.quant import storage_bytes
 from granq_jax.quant.dispatch import NoKernelError
 from granq_jax.runs import names
-from granq_jax.runs.build import make_dataset, make_trainer
 from granq_jax.runs.record import check_writable, describe, versions
 from granq_jax.runs.student import state_of_run
 

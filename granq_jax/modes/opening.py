@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from granq_jax.config import check_config, flat
 from granq_jax.data.datasets import load_split
 from granq_jax.data.splits import Split
-from granq_jax.errors import reading_input
-from granq_jax.runs.build import check_devices
+from granq_jax.errors import InputError, reading_input
+from granq_jax.runtime.devices import sample_index
 from granq_jax.runtime.paths import expanded
 from granq_jax.runtime.processes import check_alike, is_first, together
 
@@ -60,7 +60,19 @@ def opened(
         check_config(config)
         if is_first():
             check(workdir)
-        check_devices(config, devices)
+        _check_devices(config, devices)
         if evaluates and config.eval == "test":
             split = load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
     return Opening(workdir, devices, split)
+
+
+def _check_devices(config: ConfigDict, devices: Sequence[jax.Device]) -> None:
+    """Raises an ``InputError`` if the batches or the kernels of a config do not fit ``devices``."""
+    sample_index(config.batch_size, devices, "config.batch_size")
+    if config.eval != "none":
+        sample_index(config.eval_batch_size, devices, "config.eval_batch_size")
+    if config.quant.impl == "pallas" and devices[0].platform != "gpu":
+        raise InputError(
+            f"config.quant.impl: got 'pallas' on {devices[0].platform}, where only 'auto', 'xla' and "
+            "'pallas_interpret' are allowed"
+        )

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from granq_jax.config import make_trainer
 from granq_jax.distill.joint_run import JointRun
 from granq_jax.errors import reading_input
 from granq_jax.files.writing import write_json
 from granq_jax.modes.opening import opened
 from granq_jax.runs import names
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.record import check_writable, describe, versions
 from granq_jax.runs.workdir import locked
 from granq_jax.runtime.processes import is_first

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from granq_jax.config import TRAIN_A_TEACHER
+from granq_jax.config import TRAIN_A_TEACHER, make_dataset, make_trainer
 from granq_jax.data.splits import Split
 from granq_jax.distill import guard
 from granq_jax.distill.joint_run import JointRun, NonFiniteError
@@ -28,7 +28,6 @@ from granq_jax.quant import Shares, effective_weight_bits, quantize
 from granq_jax.report import Inspection, RunRecord, image_grid, inspector, run_page, run_record
 from granq_jax.runs import names
 from granq_jax.runs.accuracy import Evaluation, float_accuracy, percentages, student_accuracy
-from granq_jax.runs.build import make_dataset, make_trainer
 from granq_jax.runs.checkpoint import Checkpoints, digest
 from granq_jax.runs.metrics import MetricsLog
 from granq_jax.runs.notes import RunNotes

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from granq_jax.config import make_dataset
 from granq_jax.data.splits import Split
 from granq_jax.errors import InputError
 from granq_jax.files.writing import write_json
@@ -17,7 +18,6 @@ from granq_jax.models.registry import create_model
 from granq_jax.modes.opening import opened
 from granq_jax.runs import names
 from granq_jax.runs.accuracy import float_accuracy, percentages
-from granq_jax.runs.build import make_dataset
 from granq_jax.runs.record import check_writable, peak_rss_mb, versions
 from granq_jax.runs.workdir import locked, teacher_is_of_run
 from granq_jax.teachers.load import run_training

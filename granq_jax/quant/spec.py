@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from granq_jax.errors import InputError, InputTypeError, check_choice, is_whole
+from granq_jax.errors import InputError, InputTypeError, check_choice, check_settings, choice, is_whole, setting, whole
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -21,6 +21,8 @@ KEPT_GRANULARITIES = ("channel", "tensor")  # of moving averages: those that do 
 PLACEMENTS = ("activation", "operand")
 
 _OVERRIDE = "a pair of a regular expression and a dict of fields"
+_BITS = whole(MIN_BITS, MAX_BITS)
+_OVERRIDES = (lambda v: isinstance(v, tuple), "tuples of pairs of a pattern and its (field, value) pairs")
 _OVERRIDABLE = ("weight_bits", "act_bits", "weight_granularity", "act_granularity")
 
 
@@ -122,31 +124,27 @@ class QuantSpec:
       (8, 3)
     """
 
-    weight_bits: int | None = 3
-    act_bits: int | None = 3
-    weight_granularity: str = "out_channel"
-    weight_ranges: str = "minmax"
-    act_granularity: str = "sample_channel"
-    act_ranges: str = "dynamic"
-    placement: str = "activation"
+    weight_bits: int | None = setting(3, _BITS)
+    act_bits: int | None = setting(3, _BITS)
+    weight_granularity: str = setting("out_channel", choice(*WEIGHT_GRANULARITIES))
+    weight_ranges: str = setting("minmax", choice(*WEIGHT_RANGES))
+    act_granularity: str = setting("sample_channel", choice(*ACT_GRANULARITIES))
+    act_ranges: str = setting("dynamic", choice(*ACT_RANGES))
+    placement: str = setting("activation", choice(*PLACEMENTS))
     activation_modules: tuple[str | type, ...] = ()
-    overrides: tuple[tuple[str, Any], ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = setting((), _OVERRIDES)
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "act_bits"):
             if getattr(self, field) is not None:
                 check_bits(f"QuantSpec.{field}", getattr(self, field))
                 object.__setattr__(self, field, int(getattr(self, field)))
-        check_choice("QuantSpec.weight_granularity", self.weight_granularity, WEIGHT_GRANULARITIES)
-        check_choice("QuantSpec.weight_ranges", self.weight_ranges, WEIGHT_RANGES)
-        check_choice("QuantSpec.act_granularity", self.act_granularity, ACT_GRANULARITIES)
-        check_choice("QuantSpec.act_ranges", self.act_ranges, ACT_RANGES)
+        check_settings(self, but=("weight_bits", "act_bits", "overrides"))
         if self.act_ranges == "moving_average" and self.act_granularity not in KEPT_GRANULARITIES:
             raise InputError(
                 f"QuantSpec.act_granularity: got {self.act_granularity!r} with act_ranges='moving_average', "
                 f"allowed are {', '.join(map(repr, KEPT_GRANULARITIES))}"
             )
-        check_choice("QuantSpec.placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "activation_modules", _checked_modules(self.activation_modules, self.placement))
         if not isinstance(self.overrides, tuple | list):
             raise InputTypeError(f"QuantSpec.overrides: got {self.overrides!r}, allowed is a tuple of {_OVERRIDE}")

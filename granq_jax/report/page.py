@@ -12,12 +12,11 @@ import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
-from granq_jax.config import default_config, flat
+from granq_jax.config import default_config, flat, make_dataset
 from granq_jax.data.datasets import DATASETS
 from granq_jax.quant import Observation
 from granq_jax.report import charts
 from granq_jax.report.reading import RunRecord
-from granq_jax.runs.build import make_dataset
 from granq_jax.runs.metrics import LOSSES
 
 ACCURACIES = (

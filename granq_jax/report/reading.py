@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from granq_jax.config import check_config, load_config
+from granq_jax.config import check_config, load_config, make_trainer
 from granq_jax.errors import InputError
 from granq_jax.report.inspection import Inspection, inspector
 from granq_jax.runs import names
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.student import state_of_run
 from granq_jax.runtime.paths import expanded
 from granq_jax.teachers.load import teacher_of_run

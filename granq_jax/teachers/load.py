@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from granq_jax.config import TRAIN_A_TEACHER
-from granq_jax.data.datasets import described, load_split
+from granq_jax.config import TRAIN_A_TEACHER, make_dataset, make_teacher_training
+from granq_jax.data.datasets import load_split
 from granq_jax.data.splits import Dataset, Split
 from granq_jax.distill.trainer import Variables
 from granq_jax.errors import InputError
@@ -29,7 +29,7 @@ from granq_jax.runtime.processes import from_first, is_first, together
 from granq_jax.teachers import zoo
 from granq_jax.teachers.torch_import import load_named, load_torch
 from granq_jax.teachers.torch_names import OWN_NAMES
-from granq_jax.teachers.training import PretrainSettings, PretrainState, check_batches, pretrain
+from granq_jax.teachers.training import PretrainState, check_batches, pretrain
 
 BUNDLED = "bundled"
 _BUNDLE = Path(__file__).parent / "bundled"
@@ -95,7 +95,7 @@ def _read_teacher(config: ConfigDict, workdir: Path) -> Variables | None:
     if config.teacher in zoo.CHECKPOINTS:
         return load_torch(config.network, zoo.fetch(config.teacher))
     variables, zoo_of_names = load_named(config.network, config.teacher)
-    pixels = described(config.dataset, config.mean, config.std)
+    pixels = make_dataset(config)
     if zoo_of_names == OWN_NAMES:
         _check_same_pixels(pixels, expanded(config.teacher, "config.teacher").parent / names.TEACHER_RESULT)
     else:
@@ -154,7 +154,7 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
     """
     directory = workdir / names.TEACHER_TRAINING
     with together():
-        split, settings = _training_split(config), _pretrain_settings(config)
+        split, settings = _training_split(config), make_teacher_training(config)
         if is_first():
             if (directory / names.TEACHER_SETTINGS).exists():
                 _check_same_settings(config, workdir)
@@ -192,19 +192,15 @@ def run_training(config: ConfigDict, workdir: Path) -> tuple[Variables, float]:
 
 def _training_split(config: ConfigDict) -> Split:
     split = load_split(config.dataset, "train", config.data_dir, config.mean, config.std)
-    check_batches(_pretrain_settings(config), split, jax.devices(), "config.teacher_training")
+    check_batches(make_teacher_training(config), split, jax.devices(), "config.teacher_training")
     return split
-
-
-def _pretrain_settings(config: ConfigDict) -> PretrainSettings:
-    return PretrainSettings(**config.teacher_training.to_dict(), seed=config.seed)
 
 
 def _described(config: ConfigDict) -> dict[str, Any]:
     """What a teacher in training is known by."""
     # As they are in JSON, and only where they are not the usual ones.
     pixels = {what: list(config[what]) for what in ("mean", "std") if config[what]}
-    settings = dataclasses.asdict(_pretrain_settings(config))
+    settings = dataclasses.asdict(make_teacher_training(config))
     return {"network": config.network, "dataset": config.dataset, **pixels, **settings}
 
 

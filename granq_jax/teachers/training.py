@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,61 +16,11 @@ import optax
 
 from granq_jax.data.splits import Batch, Split, ahead
 from granq_jax.distill.losses import wide
+from granq_jax.distill.settings import PretrainSettings
 from granq_jax.distill.trainer import Variables, evaluation_mode, random_key
-from granq_jax.errors import InputError, RunError, check_fields, real, truth, whole
+from granq_jax.errors import InputError, RunError
 from granq_jax.runtime.devices import AXIS, mean_over_devices, place, sample_index, settle
 from granq_jax.runtime.progress import Progress
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
-    """SGD with Nesterov momentum 0.9 and a cosine schedule down to zero.
-
-    Attributes:
-      epochs: passes over the training images.
-      batch_size: images a step, over all devices; a last, smaller batch of an epoch is left out.
-      lr: greatest learning rate, reached after a tenth of the steps.
-      weight_decay: L2 term on every parameter.
-      label_smoothing: share of the target that is spread over all classes.
-      max_shift: images are moved by up to so many pixels each way, edges filled with zeros;
-        photographs are cropped at random instead.
-      flip: whether half of the images are mirrored.
-      small_size: height and width of the images in the first ``small_epochs``: windows of the small
-        images, resized parts of photographs. They cost less and hardly teach less.
-      small_epochs: how many epochs begin the training so; 0 is none.
-      seed: of initialisation, order and augmentation.
-
-    Raises:
-      InputError: for a value that is not allowed.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    label_smoothing: float = 0.0
-    max_shift: int
-    flip: bool
-    small_size: int = 0
-    small_epochs: int = 0
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_fields(
-            self,
-            {
-                "epochs": whole(1),
-                "batch_size": whole(1),
-                "lr": real(0, low_open=True),
-                "weight_decay": real(0),
-                "label_smoothing": real(0, 1),
-                "max_shift": whole(0),
-                "flip": truth(),
-                "small_size": whole(1 if self.small_epochs else 0),
-                "small_epochs": whole(0),
-                "seed": whole(0),
-            },
-        )
 
 
 class PretrainState(flax.struct.PyTreeNode):

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from granq_jax import load_config, train_and_evaluate
-from granq_jax.config import check_config, config_names, flat
+from granq_jax.config import check_config, config_names, flat, make_trainer
 from granq_jax.distill.methods import METHODS, set_method
 from granq_jax.export import load_packed
 from granq_jax.main import main
 from granq_jax.modes.evaluate import evaluate_run
 from granq_jax.modes.export import export_run
 from granq_jax.quant import RANGES
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.checkpoint import Checkpoints
 from granq_jax.teachers.load import load_teacher
 from tests.conftest import one_line_error

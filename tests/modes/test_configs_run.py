@@ -13,11 +13,11 @@ import pytest
 
 import granq_jax.modes.train
 from granq_jax import create_model, load_config, train_and_evaluate
+from granq_jax.config import make_trainer
 from granq_jax.data.datasets import DATASETS
 from granq_jax.data.splits import EncodedSplit, MemorySplit
 from granq_jax.distill.joint_step import mapped_step
 from granq_jax.models.registry import network
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.checkpoint import save_variables
 
 ROWS = ("cifar10", "cifar100", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenetv2")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from granq_jax import create_model, load_config, quantize
+from granq_jax.config import make_trainer
 from granq_jax.data.datasets import load_split
 from granq_jax.export import load_packed
 from granq_jax.main import main
 from granq_jax.modes.evaluate import evaluate_run
 from granq_jax.modes.export import export_run
 from granq_jax.quant.weights import quantize_params
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.checkpoint import Checkpoints
 from granq_jax.runs.student import state_of_run
 from tests.conftest import one_line_error

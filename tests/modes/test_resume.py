@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from granq_jax import load_config
-from granq_jax.runs.build import make_trainer
+from granq_jax.config import make_trainer
 from granq_jax.runs.checkpoint import Checkpoints
 from granq_jax.teachers.load import load_teacher
 

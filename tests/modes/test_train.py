@@ -14,13 +14,13 @@ from flax.traverse_util import flatten_dict
 
 import granq_jax.modes.train
 from granq_jax import load_config, load_torch, report, train_and_evaluate
+from granq_jax.config import make_trainer
 from granq_jax.data.datasets import load_split
 from granq_jax.distill.joint_run import JointRun
 from granq_jax.distill.trainer import TrainState
 from granq_jax.errors import RunError
 from granq_jax.modes.evaluate import evaluate_run
 from granq_jax.runs.accuracy import float_accuracy
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.checkpoint import Checkpoints, save_variables
 from granq_jax.runtime.devices import place
 from granq_jax.runtime.stopping import Interrupted

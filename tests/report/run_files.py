@@ -7,8 +7,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from granq_jax import load_config
+from granq_jax.config import make_trainer
 from granq_jax.files.writing import write_json
-from granq_jax.runs.build import make_trainer
 from granq_jax.runs.checkpoint import Checkpoints, save_variables
 from granq_jax.runs.record import record_start
 

@@ -6,12 +6,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from granq_jax.config import make_trainer
 from granq_jax.data.datasets import DATASETS
 from granq_jax.quant import quantize
 from granq_jax.quant.transform import Site
 from granq_jax.report import comparison_page, image_grid, read_run, run_page
 from granq_jax.report.page import loss_charts
-from granq_jax.runs.build import make_trainer
 from tests.quant.reference import fake_quant
 from tests.report.pages import Page, check_self_contained
 from tests.report.run_files import write_run

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from granq_jax.kernels import sample_channel
 
-from granq_jax.config import load_config
+from granq_jax.config import load_config, make_trainer
 from granq_jax.distill.joint_step import mapped_step
 from granq_jax.quant import quantize
-from granq_jax.runs.build import make_trainer
 from tools.gpu_check.hlo import Sites, moved_bytes, sites
 from tools.gpu_check.targets import Program, compiled, devices
 
