@@ -161,10 +161,10 @@ LIBRARY = {
     "unknown split": (lambda: load_split("digits", "val"), ValueError, ("split", "'val'", "'train'")),
     "training in batches of 0": (
         lambda: pretrain_settings(batch_size=0),
-        *(ValueError, ("PretrainSettings.batch_size", "0", "from 1")),
+        *(ValueError, ("PretrainSettings.batch_size", "0", "from 2")),
     ),
     "training on windows of 0 pixels": (
-        lambda: pretrain_settings(small_epochs=1),
+        lambda: pretrain_settings(small_size=0),
         *(ValueError, ("PretrainSettings.small_size", "0", "from 1")),
     ),
     "training on windows larger than the images": (
@@ -220,7 +220,7 @@ LIBRARY = {
     ),
     "bounds of the hinge crossed": (
         lambda: LossSettings(lambda_lower=0.9),
-        *(ValueError, ("LossSettings.lambda_lower", "0.9", "lower <= upper")),
+        *(ValueError, ("LossSettings.lambda_lower", "0.9", "up to LossSettings.lambda_upper, 0.8")),
     ),
     "no epoch after the warm-up": (lambda: shot(epochs=4), ValueError, ("epochs", "4", "warm-up's 4")),
     "teacher without parameters": (lambda: shot({"batch_stats": {}}), ValueError, ("teacher", "'params'")),

@@ -58,9 +58,9 @@ def opened(
     with together(), reading_input():
         workdir = expanded(workdir, "workdir")
         check_config(config)
+        _check_devices(config, devices)
         if is_first():
             check(workdir)
-        _check_devices(config, devices)
         if evaluates and config.eval == "test":
             split = load_split(config.dataset, "test", config.data_dir, config.mean, config.std)
     return Opening(workdir, devices, split)
