@@ -13,13 +13,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import granq_jax.modes.train
-from granq_jax import load_config, load_torch, report, train_and_evaluate
+from granq_jax import load_config, load_torch, train_and_evaluate
 from granq_jax.config import make_trainer
 from granq_jax.data.datasets import load_split
 from granq_jax.distill.joint_run import JointRun
 from granq_jax.distill.trainer import TrainState
 from granq_jax.errors import RunError
 from granq_jax.modes.evaluate import evaluate_run
+from granq_jax.report.__main__ import main as write_report
 from granq_jax.runs.accuracy import float_accuracy
 from granq_jax.runs.checkpoint import Checkpoints, save_variables
 from granq_jax.runtime.devices import place
@@ -134,7 +135,7 @@ def without_seconds(workdir):
 
 def test_the_report_is_made_again_from_the_files(finished, tmp_path):
     workdir, _ = finished
-    assert report.main([str(workdir), f"--output={tmp_path / 'again.html'}"]) == 0
+    assert write_report([str(workdir), f"--output={tmp_path / 'again.html'}"]) == 0
     assert (tmp_path / "again.html").read_text() == (workdir / "report.html").read_text()
 
 
