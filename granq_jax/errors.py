@@ -26,6 +26,10 @@ class InputTypeError(InputError, TypeError):
     """What was given is of a type that cannot be used."""
 
 
+class InputFileError(InputError, FileNotFoundError):
+    """A file that was named is not there."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, for a reason that is not in its code; its last checkpoint is intact."""
 
@@ -43,6 +47,8 @@ def reading_input() -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ImportError) as error:
         raise InputError(str(error)) from error
 

@@ -184,3 +184,13 @@ def test_a_cache_that_cannot_be_made_is_done_without(calls, cache_settings, monk
     jax.config.update("jax_compilation_cache_dir", None)
     assert main(["--config=digits_w3a3"]) == 0
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize("mode", command.MODES)
+def test_a_fault_of_the_package_is_not_taken_for_bad_input(monkeypatch, tmp_path, mode):
+    def fail(*_, **__):
+        raise ValueError("deep inside")
+
+    monkeypatch.setitem(command.MODES, mode, fail)
+    with pytest.raises(ValueError, match="deep inside"):
+        main([f"--mode={mode}", "--config=digits_w3a3", f"--workdir={tmp_path}"])

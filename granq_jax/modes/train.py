@@ -81,11 +81,12 @@ def train_and_evaluate(
     def check(workdir: Path) -> None:
         check_workdir(config, workdir, overwrite)
         check_teacher(config)
-        if config.teacher == TRAIN_A_TEACHER and (overwrite or not finished_result(config, workdir)):
-            check_loads(config, workdir, anew=overwrite and teacher_is_of_run(workdir))
 
     arguments = {"--overwrite": overwrite}
     workdir, devices, split = opened("train", config, workdir, check, evaluates=True, **arguments)
+    with together(), reading_input():
+        if is_first() and config.teacher == TRAIN_A_TEACHER and (overwrite or not finished_result(config, workdir)):
+            check_loads(config, workdir, anew=overwrite and teacher_is_of_run(workdir))
 
     def finished_before() -> dict[str, Any] | None:
         if overwrite:

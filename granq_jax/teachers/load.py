@@ -19,7 +19,7 @@ from granq_jax.config import TRAIN_A_TEACHER, make_dataset, make_teacher_trainin
 from granq_jax.data.datasets import load_split
 from granq_jax.data.splits import Dataset, Split
 from granq_jax.distill.trainer import Variables
-from granq_jax.errors import InputError
+from granq_jax.errors import InputError, InputFileError
 from granq_jax.files.writing import write_json
 from granq_jax.models.registry import create_model
 from granq_jax.runs import names
@@ -59,7 +59,7 @@ def check_teacher(config: ConfigDict) -> None:
         raise InputError(f"config.teacher: got {teacher!r} for {network!r}, allowed are {', '.join(allowed)}")
     known = teacher in (TRAIN_A_TEACHER, BUNDLED, *zoo.CHECKPOINTS)
     if not known and not os.path.isfile(expanded(teacher, "config.teacher")):
-        raise InputError(
+        raise InputFileError(
             f"config.teacher: got {teacher!r}, but there is no such file; allowed are {', '.join(allowed)}"
         )
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granq_jax.errors import InputError
+from granq_jax.errors import InputError, InputFileError
 from granq_jax.files.pickles import PickledArray, Unread
 from granq_jax.files.tensor_files import StoredTensor, open_tensors
 from granq_jax.models.registry import network
@@ -365,7 +365,7 @@ def _checked(key: str, value: np.ndarray, is_variance: bool) -> np.ndarray:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if not os.path.isfile(path):
-        raise InputError(f"teacher: got {str(path)!r}, but there is no such file")
+        raise InputFileError(f"teacher: got {str(path)!r}, but there is no such file")
     with contextlib.ExitStack() as stack:
         with _file_is_to_blame(path):
             tensors = stack.enter_context(open_tensors(path))

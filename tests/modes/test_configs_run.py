@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import granq_jax.modes.opening
 import granq_jax.modes.train
 from granq_jax import create_model, load_config, train_and_evaluate
 from granq_jax.config import make_trainer
@@ -80,7 +81,7 @@ def test_the_step_is_traced(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("paper/")])
 def test_three_steps_and_an_evaluation(name, teachers, tmp_path, monkeypatch):
-    monkeypatch.setattr(granq_jax.modes.train, "load_split", lambda name, *_: prepared_split(DATASETS[name]))
+    monkeypatch.setattr(granq_jax.modes.opening, "load_split", lambda name, *_: prepared_split(DATASETS[name]))
     config = load_config(name)
     config.teacher = teachers(config.network)
     config.batch_size, config.eval_batch_size = 2, 4

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import granq_jax.modes.opening
 import granq_jax.modes.train
 from granq_jax import load_config, load_torch, train_and_evaluate
 from granq_jax.config import make_trainer
 from granq_jax.data.datasets import load_split
 from granq_jax.distill.joint_run import JointRun
 from granq_jax.distill.trainer import TrainState
-from granq_jax.errors import RunError
+from granq_jax.errors import InputError, RunError
 from granq_jax.modes.evaluate import evaluate_run
 from granq_jax.report.__main__ import main as write_report
 from granq_jax.runs.accuracy import float_accuracy
@@ -359,7 +360,7 @@ def test_a_teacher_from_a_file_and_no_data(tmp_path, monkeypatch, finished, capl
     def fail(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(granq_jax.modes.train, "load_split", refuse)
+    monkeypatch.setattr(granq_jax.modes.opening, "load_split", refuse)
     monkeypatch.setattr(granq_jax.modes.train, "run_page", fail)
     flax_layout = flatten_dict(load_torch("resnet8_digits", finished[0] / "teacher.safetensors"))
     tensors = {
@@ -389,8 +390,9 @@ def test_a_failure_of_the_run_itself_is_not_taken_for_bad_input(tmp_path, monkey
         raise ValueError("deep inside")
 
     monkeypatch.setattr(granq_jax.modes.train, "JointRun", fail)
-    with one_line_error(RuntimeError, str(tmp_path), "deep inside"):
+    with pytest.raises(ValueError, match="deep inside") as caught:
         train_and_evaluate(tiny_config(eval="none"), tmp_path)
+    assert not isinstance(caught.value, InputError)
 
 
 @pytest.mark.parametrize(
