@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import granq_jax.modes.train
+import granq_jax.modes.loop
 from granq_jax import create_model, quantize, train_and_evaluate
 from granq_jax.config import load_config
 from granq_jax.distill import guard
@@ -112,7 +112,7 @@ def scripted(errors):
 
 
 def test_a_run_that_breaks_down_ends_and_gives_the_student_before(teacher_file, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(granq_jax.modes.train.guard, "scorer", scripted([0.5, 0.3, 1.2]))
+    monkeypatch.setattr(granq_jax.modes.loop.guard, "scorer", scripted([0.5, 0.3, 1.2]))
     changes = {"teacher": teacher_file, "epochs": 6, "eval_every_epochs": 1, "keep_best": False, "keep_checkpoints": 1}
     result = train_and_evaluate(tiny_config(**changes), tmp_path)
     assert (result["broke_down_after"], result["steps"], result["chosen_step"]) == (16, 16, 12)
@@ -128,7 +128,7 @@ def test_a_run_that_breaks_down_ends_and_gives_the_student_before(teacher_file, 
 
 @pytest.mark.slow
 def test_a_run_may_go_on_after_a_breakdown(teacher_file, monkeypatch, tmp_path):
-    monkeypatch.setattr(granq_jax.modes.train.guard, "scorer", scripted([0.5, 1.2]))
+    monkeypatch.setattr(granq_jax.modes.loop.guard, "scorer", scripted([0.5, 1.2]))
     result = train_and_evaluate(
         tiny_config(teacher=teacher_file, eval_every_epochs=1, on_breakdown="go_on", eval="none"), tmp_path
     )
@@ -139,7 +139,7 @@ def test_a_run_may_go_on_after_a_breakdown(teacher_file, monkeypatch, tmp_path):
 def test_a_run_that_goes_on_uses_the_images_it_had(teacher_file, monkeypatch, tmp_path):
     config = tiny_config(teacher=teacher_file, epochs=4, eval_every_epochs=1, eval="none", checkpoint_every_epochs=1)
     whole = train_and_evaluate(config, tmp_path / "whole")
-    plain = granq_jax.modes.train._Loop._look_at_score
+    plain = granq_jax.modes.loop.Loop._look_at_score
 
     def look_and_fail(self, epoch):
         plain(self, epoch)
@@ -147,11 +147,11 @@ def test_a_run_that_goes_on_uses_the_images_it_had(teacher_file, monkeypatch, tm
             raise RunError("broken off")
 
     with monkeypatch.context() as context:
-        context.setattr(granq_jax.modes.train._Loop, "_look_at_score", look_and_fail)
+        context.setattr(granq_jax.modes.loop.Loop, "_look_at_score", look_and_fail)
         with pytest.raises(RunError, match="broken off"):
             train_and_evaluate(config, tmp_path / "broken")
     assert (tmp_path / "broken" / "held_out.safetensors").is_file()
-    monkeypatch.delattr(granq_jax.modes.train._Loop, "_new_guard")  # the images are not made again
+    monkeypatch.delattr(granq_jax.modes.loop.Loop, "_new_guard")  # the images are not made again
     assert train_and_evaluate(config, tmp_path / "broken")["guard"] == whole["guard"]
 
 

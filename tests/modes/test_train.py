@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import granq_jax.modes.loop
 import granq_jax.modes.opening
 import granq_jax.modes.train
 from granq_jax import load_config, load_torch, train_and_evaluate
@@ -123,7 +124,7 @@ def test_the_steps_that_are_traced(monkeypatch, tmp_path, taken, events):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append(("start", run.step + 1)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop", run.step)))
     run = types.SimpleNamespace(step=taken[0] - 1, state=())
-    with granq_jax.modes.train._Trace(tiny_config(**{"profile.start": 3, "profile.steps": 3}), tmp_path) as trace:
+    with granq_jax.modes.loop._Trace(tiny_config(**{"profile.start": 3, "profile.steps": 3}), tmp_path) as trace:
         for step in taken:
             with trace.step(run):
                 run.step = step
