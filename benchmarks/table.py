@@ -166,30 +166,28 @@ def commit() -> str:
 
 
 def rendered(done: dict[str, dict[str, str]], cells: Iterable[Cell]) -> str:
-    """The tables, in Markdown: one for each data set and bit width, a row for each cell that is done."""
-    tables: dict[str, list[str]] = {}
+    """The table, in Markdown: a row for each cell that is done, its accuracies in percent."""
+    lines = ["| data, bits | method | seed | epochs | before | final | best |", "| --- " * 7 + "|"]
     for cell in cells:
         if (row := done.get(cell.name)) is None:
             continue
-        title = f"{row['config.dataset'].upper().replace('CIFAR', 'CIFAR-')}, {row['config.network'].split('_')[0]}"
-        title = f"{title}, W{row['config.quant.weight_bits']}A{row['config.quant.act_bits']}"
+        data = row["config.dataset"].upper().replace("CIFAR", "CIFAR-")
         granularity = row["config.quant.weight_granularity"]
         columns = [
-            f"`{cell.method}`" + ("" if granularity == "out_channel" else f", `{granularity}` weights"),
+            f"{data}, W{row['config.quant.weight_bits']}A{row['config.quant.act_bits']}",
+            f"`{cell.method}`" + ("" if granularity == "out_channel" else f", `{granularity}`"),
             row["config.seed"],
             row["config.epochs"],
             f"{float(row['student_top1_before']):.2f}",
             f"**{float(row['student_top1']):.2f}**",
             f"{float(row['best_top1']):.2f}",
         ]
-        title = f"{title}, teacher {float(row['teacher_top1']):.2f}"
-        tables.setdefault(title, []).append(f"| {' | '.join(columns)} |")
-    head = "| method | seed | epochs | before | final | best |\n" + "| --- " * 6 + "|"
-    return "\n\n".join(f"### {title}\n\n{head}\n" + "\n".join(lines) for title, lines in tables.items())
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
 def render() -> None:
-    """Writes the tables into docs/results.md, between its two marks."""
+    """Writes the table into docs/results.md, between its two marks."""
     text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
