@@ -3,7 +3,7 @@
     python benchmarks/gpu_campaign.py --minutes M [--only PART ...] [--out DIR] [--data-dir DIR] [--teacher100 FILE]
                                       [--networks NETWORK[@BATCH] ...] [--runs CONFIG[,KEY=VALUE...] ...]
                                       [--tune] [--rehearse]
-    python benchmarks/gpu_campaign.py --page    # docs/gpu_measured.md anew from results/gpu
+    python benchmarks/gpu_campaign.py --page    # the summary in docs/gpu.md anew from results/gpu
 
 The parts, in this order, each in a process of its own, so that a fault in one ends no other:
 
@@ -16,7 +16,7 @@ The parts, in this order, each in a process of its own, so that a fault in one e
 
 Every row is on disk as soon as it is measured. A part that does not get to its end has the rows it got to, and
 ``plan.csv`` says what was left out. A part replaces its tables; of a campaign in several goes, rename those that are
-to stay (``steps_2.csv``), and ``--page`` makes one page of all. ``--data-dir`` holds ``cifar10.npz`` and
+to stay (``steps_2.csv``), and ``--page`` makes one summary of all. ``--data-dir`` holds ``cifar10.npz`` and
 ``cifar100.npz``, or what else ``config.data_dir`` may be; without it runs are not evaluated. ``--rehearse`` runs it on
 a CPU at tiny sizes, the kernels interpreted. Part d needs PyTorch for its other side: ``pip install -e ".[parity]"``.
 """
@@ -38,7 +38,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # where tools/ lies
-PAGE = "gpu_measured.md"
 # Of each part its module, the function there, and the minutes that it would like to have.
 PARTS = {
     "a": ("gpu_machine", "run", 1.0),
@@ -117,10 +116,13 @@ def start_part(part: str, seconds: float, options: argparse.Namespace, given: li
 
 
 def write_page(out: Path) -> None:
-    """The page of the tables in ``out``: in docs/, or beside tables that lie elsewhere."""
-    page = importlib.import_module("gpu_page").page(out)
-    place = ROOT / "docs" if out.resolve() == (ROOT / "results" / "gpu").resolve() else out
-    (place / PAGE).write_text(page)
+    """The summary of the tables in ``out``: in docs/gpu.md, or beside tables that lie elsewhere."""
+    gpu_page = importlib.import_module("gpu_page")
+    if out.resolve() == (ROOT / "results" / "gpu").resolve():
+        place = ROOT / "docs" / "gpu.md"
+        place.write_text(gpu_page.put_into(place.read_text(), gpu_page.page(out)))
+    else:
+        (out / "summary.md").write_text(f"{gpu_page.page(out)}\n")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""docs/gpu_measured.md, and what each part says at its end: short tables of what the GPU campaign's files hold."""
+"""Of what the GPU campaign's files hold: the summary in docs/gpu.md, and what each part says at its end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 KERNELS, COPY_AIM, LARGE = "kernels", 0.85, 1.0
-HEAD = """# Measured on a GPU
-
-Made by `python benchmarks/gpu_campaign.py` from `results/gpu/*.csv`, which hold every row. Kernels' times, and those
-called the device's, are the device's own, from traces; a step's time is the clock's, over rounds of many steps in
-which nothing waits, the sides in turns, medians of the rounds.
-"""
+BEGIN, END = "<!-- begin: python benchmarks/gpu_campaign.py --page -->", "<!-- end -->"
 Row = dict[str, str]
 
 
@@ -28,21 +23,20 @@ def rows(out: Path, name: str) -> list[Row]:
 
 
 def page(out: Path) -> str:
-    """The whole page."""
+    """A screen of all parts; the rest is in the files themselves."""
     sections = {
-        "The machine": _machine(out),
-        "Correctness": _correctness(out),
-        "Bandwidth of the kernels": _bandwidth(out),
-        "The joint step": _steps(out),
-        "Where a step's time goes": _operations(out),
-        "Whole runs": _runs(out, "runs"),
-        "An ImageNet network, random weights as teacher": _runs(out, "imagenet"),
-        "Left out": _left_out(out),
+        "Correctness": _correctness_summary(out),
+        "Bandwidth of the kernels": _bandwidth_summary(out),
+        "The joint step": _steps_summary(out),
     }
     text = {title: "\n".join(lines) for title, lines in sections.items()}
-    about = out / "README.md"  # of files that were not all made in one go
-    head = HEAD + (f"\n{about.read_text()}" if about.is_file() else "")
-    return head + "".join(f"\n## {title}\n\n{body or 'Not measured.'}\n" for title, body in text.items())
+    return "\n\n".join(f"### {title}\n\n{body or 'Not measured.'}" for title, body in text.items())
+
+
+def put_into(text: str, summary: str) -> str:
+    """The text of a page with the summary between its two marks."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{summary}\n\n{END}{rest.split(END)[1]}"
 
 
 def of_part(part: str, out: Path) -> str:
@@ -85,12 +79,11 @@ def _machine(out):
     yield from _table(("what", "value"), [line for line in lines if line[1]])
 
 
-def _correctness(out):
+def _correctness_summary(out):
     found = rows(out, "correctness")
     if not found:
         return
-    failed = [row for row in found if row["passed"] != "True"]
-    yield f"{len(found)} checks, of which {len(failed)} failed."
+    yield f"{len(found)} checks, of which {sum(row['passed'] != 'True' for row in found)} failed."
     kinds = {
         "kernels, values against the formula in float64": lambda row: row["other_codes"] and "W3A3" not in row["what"],
         "gradients against float64": lambda row: row["what"].startswith("gradient"),
@@ -113,20 +106,29 @@ def _correctness(out):
             if (some := [row for row in found if holds(row)])
         ),
     )
+
+
+def _correctness(out):
+    found = rows(out, "correctness")
+    yield from _correctness_summary(out)
     yield ""
     yield from (
         f"- {r['what']}: {int(float(r['other_codes']))} of {r['elements']}" for r in found if "W3A3," in r["what"]
     )
-    for row in failed[:30]:
+    for row in [row for row in found if row["passed"] != "True"][:30]:
         figures = (
             f"{row['other_codes']} other codes, {row['worst_in_steps']} steps, {row['not_finite_differs']} not finite"
         )
         yield f"- failed: {row['what']} {row['shape']} {row['dtype']}: {row['error'][:300] or figures}"
 
 
-def _bandwidth(out):
-    found = rows(out, "bandwidth")
-    measured = [row for row in found if not row["error"] and row["clock"] == row["copy_clock"]]
+def _timed(out):
+    """Of the kernels' rows those whose clock is that of the copy beside them."""
+    return [row for row in rows(out, "bandwidth") if not row["error"] and row["clock"] == row["copy_clock"]]
+
+
+def _bandwidth_summary(out):
+    measured = _timed(out)
 
     def summary():
         for dtype in dict.fromkeys(row["dtype"] for row in measured):
@@ -136,16 +138,15 @@ def _bandwidth(out):
                     continue
                 shares, gains = ([float(row[key]) for row in some] for key in ("of_copy", "xla_over_kernel"))
                 size = f"{low:g} to {high:g} MB" if high < math.inf else f"{low:g} MB and more"
-                yield (
-                    *(dtype, size, str(len(some)), f"{min(shares):.0%}", f"{statistics.median(shares):.0%}"),
-                    *(f"{sum(share >= COPY_AIM for share in shares)}", f"{statistics.median(gains):.2f}"),
-                    f"{min(gains):.2f}",
-                )
+                share, gain = statistics.median(shares), statistics.median(gains)
+                yield dtype, size, str(len(some)), f"{share:.0%}", f"{gain:.2f}", f"{min(gains):.2f}"
 
-    aim = f"{COPY_AIM:.0%} and more"
-    columns = ("dtype", "maps", "cases", "of the copy: least", "median", aim, "XLA / kernel: median", "least")
-    yield from _table(columns, summary())
-    short = [row for row in measured if float(row["megabytes"]) >= LARGE and float(row["of_copy"]) < COPY_AIM]
+    yield from _table(("dtype", "maps", "cases", "of the copy", "XLA / kernel", "at least"), summary())
+
+
+def _bandwidth(out):
+    yield from _bandwidth_summary(out)
+    short = [row for row in _timed(out) if float(row["megabytes"]) >= LARGE and float(row["of_copy"]) < COPY_AIM]
     if short:
         yield ""
         yield f"Maps of {LARGE:g} MB and more below {COPY_AIM:.0%} of the copy, the slowest first:"
@@ -160,7 +161,11 @@ def _bandwidth(out):
                 for row in sorted(short, key=lambda row: float(row["of_copy"]))[:20]
             ),
         )
-    yield from (f"- failed: {r['kernel']} {r['shape']} {r['dtype']}: {r['error'][:200]}" for r in found if r["error"])
+    yield from (
+        f"- failed: {r['kernel']} {r['shape']} {r['dtype']}: {r['error'][:200]}"
+        for r in rows(out, "bandwidth")
+        if r["error"]
+    )
 
 
 def rates(out: Path) -> dict[str, float]:
@@ -201,23 +206,14 @@ def _steps(out):
     yield from _table(columns, map(line, rows(out, "steps")))
 
 
-def _operations(out):
-    """By kind: microseconds a step."""
-    totals: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows(out, "operations"):
-        if row["operation"] == "all":
-            side = (row["network"], row["batch"], row["precision"], row["side"])
-            totals.setdefault(side, {})[row["kind"]] = row
-    kinds = list(dict.fromkeys(kind for of_side in totals.values() for kind in of_side))
+def _steps_summary(out):
+    def line(row):
+        launches = row["launches"] and f"{float(row['launches']):.0f}"
+        described = (row["network"], row["batch"], row["precision"], row["side"])
+        return (*described, _number(row["ms"]), _number(row["device_ms"]), launches, _number(row["peak_gb"]))
 
-    def cell(row):
-        return f"{float(row['us']):.0f} ({float(row['calls']):.0f})" if row else ""
-
-    lines = [(*side, *(cell(of_side.get(kind)) for kind in kinds)) for side, of_side in totals.items()]
-    if lines:
-        yield "Microseconds of the device a step, and launches, by the names of the launches:"
-        yield ""
-    yield from _table(("network", "batch", "precision", "side", *kinds), lines)
+    columns = ("network", "batch", "precision", "side", "ms a step", "device ms", "launches", "peak GB")
+    yield from _table(columns, (line(row) for row in rows(out, "steps") if row["ms"]))
 
 
 def _runs(out, name):
@@ -235,9 +231,3 @@ def _runs(out, name):
         *("top-1 after epoch", "GPU GB"),
     )
     yield from _table(columns, map(line, rows(out, name)))
-
-
-def _left_out(out):
-    for row in rows(out, "plan"):
-        if row["how"] != "ran" or row["left_out"]:
-            yield f"- part {row['part']}: {row['how']}" + (f"; left out: {row['left_out']}" if row["left_out"] else "")

@@ -166,42 +166,28 @@ def commit() -> str:
 
 
 def rendered(done: dict[str, dict[str, str]], cells: Iterable[Cell]) -> str:
-    """The tables, in Markdown: one for each data set and bit width, a row for each cell that is done."""
-    tables: dict[str, list[str]] = {}
+    """The table, in Markdown: a row for each cell that is done, its accuracies in percent."""
+    lines = ["| data, bits | method | seed | epochs | before | final | best |", "| --- " * 7 + "|"]
     for cell in cells:
         if (row := done.get(cell.name)) is None:
             continue
-        title = f"{row['config.dataset'].upper().replace('CIFAR', 'CIFAR-')}, {row['config.network'].split('_')[0]}"
-        title = f"{title}, W{row['config.quant.weight_bits']}A{row['config.quant.act_bits']}"
-        curve = ", ".join(f"{epoch}: {top1:.2f}" for epoch, top1 in json.loads(row["top1_by_epoch"]).items())
+        data = row["config.dataset"].upper().replace("CIFAR", "CIFAR-")
+        granularity = row["config.quant.weight_granularity"]
         columns = [
-            f"`{cell.config}`",
-            f"`{cell.method}`",
-            f"`{row['config.quant.weight_granularity']}`",
+            f"{data}, W{row['config.quant.weight_bits']}A{row['config.quant.act_bits']}",
+            f"`{cell.method}`" + ("" if granularity == "out_channel" else f", `{granularity}`"),
             row["config.seed"],
             row["config.epochs"],
-            *(f"{float(row[key]):.2f}" for key in ("teacher_top1", "student_top1_before")),
+            f"{float(row['student_top1_before']):.2f}",
             f"**{float(row['student_top1']):.2f}**",
             f"{float(row['best_top1']):.2f}",
-            *(f"{float(row[key]):.2f}" for key in ("effective_weight_bits", "effective_act_bits")),
-            f"{float(row['seconds']) / 3600:.1f}",
-            f"`{row['commit']}`",
-            curve,
         ]
-        tables.setdefault(title, []).append(f"| {' | '.join(columns)} |")
-    head = (
-        "| config | method | weights | seed | epochs | teacher | before | final | best | bits a weight | an activation "
-        "| hours | commit | top-1 after epoch |\n" + "| --- " * 14 + "|"
-    )
-    commands = "\n".join(
-        shlex.join([*cell.command(), f"--workdir=runs/table/{cell.name}"]) for cell in cells if cell.name in done
-    )
-    text = "\n\n".join(f"### {title}\n\n{head}\n" + "\n".join(lines) for title, lines in tables.items())
-    return f"{text}\n\n### Commands\n\n```sh\n{commands}\n```"
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
 def render() -> None:
-    """Writes the tables into docs/results.md, between its two marks."""
+    """Writes the table into docs/results.md, between its two marks."""
     text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)

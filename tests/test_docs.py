@@ -1,4 +1,4 @@
-"""The tutorial is run as it stands, as a stranger would paste it."""
+"""The documentation stays short, and the tutorial is run as it stands, as a stranger would paste it."""
 
 import re
 import subprocess
@@ -10,7 +10,9 @@ import pytest
 
 from granq_jax.data.datasets import load_split
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MOST_WORDS, MOST_LINES, LONGEST_LINE = 8000, 90, 100  # of README and docs; of the README
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (DOCS / "own_model.md").read_text(), re.DOTALL | re.MULTILINE)
 # The last block is said to need neither the package nor the model's code.
 ALONE = """
@@ -30,6 +32,19 @@ def run(code, folder):
 
 def percentages(printed):
     return {name: float(value) for name, value in re.findall(r"^([a-z, ]+): ([\d.]+) %$", printed, re.MULTILINE)}
+
+
+def test_the_documentation_is_short():
+    """What ``wc -w`` counts; the API's reference is made of docstrings."""
+    pages = [ROOT / "README.md", *(page for page in sorted(DOCS.glob("*.md")) if page.name != "api.md")]
+    words = {page.name: len(page.read_text().split()) for page in pages}
+    assert sum(words.values()) <= MOST_WORDS, words
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= MOST_LINES
+    assert [line for line in lines if len(line) > LONGEST_LINE] == []
 
 
 @pytest.mark.slow
