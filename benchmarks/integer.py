@@ -13,7 +13,7 @@ import jax
 
 from granq_jax import QuantSpec, create_model, quantize
 from granq_jax.models.registry import NETWORKS
-from granq_jax.quant.transform import ARITHMETICS
+from granq_jax.quant.quantized_model import ARITHMETICS
 
 
 def measure(network, batch, bits, rounds):

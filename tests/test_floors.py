@@ -1,6 +1,7 @@
 """Imports point one way: from what people call down to what everything stands on."""
 
 import ast
+import graphlib
 import tomllib
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def test_imports_point_down(parts, program):
             continue
         assert room(there) in HEIGHTS, f"{'.'.join(there)}: name the module that it lies in"
         assert room(there) == here or HEIGHTS[room(there)] < HEIGHTS[here], f"{here} imports {'.'.join(there)}"
+
+
+def test_modules_of_quant_form_no_cycle():
+    quant = {parts: program for parts, program in MODULES if room(parts) == "quant" and parts[-1] != "__init__"}
+    below = {parts: {there[:3] for there in imported(program)} & {*quant} for parts, program in quant.items()}
+    assert set(graphlib.TopologicalSorter(below).static_order()) == {*quant}
 
 
 def test_nothing_else_lies_flat():

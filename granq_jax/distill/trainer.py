@@ -22,7 +22,7 @@ from granq_jax.errors import InputError, InputTypeError, check_settings, choice,
 from granq_jax.models.generator import Generator
 from granq_jax.quant import RANGES, QuantSpec, quantize
 from granq_jax.quant.dispatch import IMPLEMENTATIONS
-from granq_jax.quant.transform import check_linen
+from granq_jax.quant.quantized_model import check_linen
 from granq_jax.runtime.compilation_cache import COMPILED_FAST
 from granq_jax.runtime.platforms import PRECISIONS, multiplied_in, traced_for
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
-from granq_jax.quant.collecting import mark_p, programs, scan_operands
+from granq_jax.quant.calls import applied, first_input, of_calls, own_token, with_first_input
+from granq_jax.quant.collecting import mark, mark_p, over_arrays, programs, scan_operands
+from granq_jax.quant.layers import LAYERS, is_activation
+from granq_jax.quant.spec import QuantSpec
 
 # What moves or picks values, and makes no new ones.
 _MOVES = frozenset(
@@ -17,7 +22,7 @@ _MOVES = frozenset(
         *("gather", "concatenate", "reduce_window_max", "reduce_max", "copy", "stop_gradient", "split"),
     )
 )
-LEVELS, INPUT = "levels", "input"  # kinds of marks
+_LEVELS, _INPUT = "levels", "input"  # kinds of marks
 
 
 class LayerInput(NamedTuple):
@@ -28,8 +33,24 @@ class LayerInput(NamedTuple):
     is_quantized: bool
 
 
-def layer_inputs(jaxpr: jex.Jaxpr) -> list[LayerInput]:
-    """Of a program in which the outputs of quantizers are marked as ``LEVELS``, and inputs of layers as ``INPUT``."""
+def layer_inputs(
+    model: nn.Module, spec: QuantSpec, variables: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[LayerInput]:
+    """The inputs of a model's layers, with ``placement="activation"``."""
+
+    def interceptor(next_call, args, kwargs, context):
+        module, path = context.module, "/".join(context.module.path)
+        if isinstance(module, LAYERS):
+            args, kwargs = with_first_input(args, kwargs, mark(jnp.asarray(first_input(args, kwargs)), _INPUT, path))
+        outputs = next_call(*args, **kwargs)
+        is_quantized = is_activation(type(module), spec) and spec.at(path).act_bits is not None
+        return mark(outputs, _LEVELS, path) if is_quantized else outputs
+
+    def run(variables, args, kwargs):
+        return applied(model, of_calls(interceptor), own_token(), variables, args, kwargs)
+
+    of_arrays, arrays = over_arrays(run, nn.meta.unbox(variables), args, kwargs)
+    jaxpr = jax.make_jaxpr(of_arrays)(*arrays).jaxpr
     return _followed(jaxpr, [False] * len(jaxpr.invars))[1]
 
 
@@ -45,8 +66,8 @@ def _followed(jaxpr: jex.Jaxpr, holds_levels: Sequence[bool]) -> tuple[list[bool
         results = [False] * len(eqn.outvars)
         if eqn.primitive is mark_p:
             record = jax.tree.unflatten(eqn.params["tree"], eqn.invars[1:])
-            results = [record.kind == LEVELS or of_operands[0]] * len(eqn.outvars)
-            if record.kind == INPUT:
+            results = [record.kind == _LEVELS or of_operands[0]] * len(eqn.outvars)
+            if record.kind == _INPUT:
                 aval: Any = eqn.invars[0].aval
                 found.append(LayerInput(record.path, aval.shape, of_operands[0]))
         elif eqn.primitive.name in _MOVES:

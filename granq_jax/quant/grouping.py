@@ -28,7 +28,7 @@ class Grouping(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether the array has the plain form already."""
-        return self.axes == tuple((axis,) for axis in range(len(self.axes)))
+        return self == plain_grouping(len(self.axes))
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the plain form of an array of ``shape``."""
@@ -47,3 +47,8 @@ class Grouping(NamedTuple):
         order = [axis for group in self.axes for axis in group]
         sizes = [1 if y.shape[i] == 1 else shape[axis] for i, group in enumerate(self.axes) for axis in group]
         return y.reshape(sizes).transpose([order.index(axis) for axis in range(len(order))])
+
+
+def plain_grouping(ndim: int) -> Grouping:
+    """That of an array of ``ndim`` dimensions which has the plain form already."""
+    return Grouping(tuple((axis,) for axis in range(ndim)))

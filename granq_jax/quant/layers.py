@@ -1,4 +1,7 @@
-"""What is known of linen's layers: which axes of their weight are output features, which of their input channels."""
+"""What is known of linen's layers: which axes of their weight are output features, which of their input channels.
+
+And which modules are activations.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from granq_jax.quant.grouping import Grouping
-from granq_jax.quant.spec import kept_axes
+from granq_jax.models.layers import Activation
+from granq_jax.quant.grouping import Grouping, plain_grouping
+from granq_jax.quant.spec import QuantSpec, kept_axes
 
 LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 WEIGHT = "kernel"  # what the weight of each of them is called
@@ -83,7 +87,7 @@ class Operand(NamedTuple):
     def grouping(self, ndim: int) -> Grouping:
         """The plain form of an input of ``ndim`` dimensions: (samples, ..., channels)."""
         if self == Operand((0,), (ndim - 1,)):
-            return Grouping(tuple((axis,) for axis in range(ndim)))
+            return plain_grouping(ndim)
         rest = tuple(axis for axis in range(ndim) if axis not in self.samples + self.channels)
         return Grouping((self.samples, rest, self.channels))
 
@@ -177,6 +181,16 @@ def weight_grouping(layout: Layout, granularity: str) -> tuple[Grouping, str]:
     """The plain form of a weight and the granularity to quantize that with, for it to have the layout's ranges."""
     kept = layout.kept_axes(granularity)
     if kept == kept_axes(granularity, layout.ndim):
-        return Grouping(tuple((axis,) for axis in range(layout.ndim))), granularity
+        return plain_grouping(layout.ndim), granularity
     rest = tuple(axis for axis in range(layout.ndim) if axis not in kept)
     return Grouping((rest, kept)), "out_channel"
+
+
+def is_activation(cls: type[nn.Module], spec: QuantSpec) -> bool:
+    """Whether outputs of modules of a class are activations, with ``placement="activation"``."""
+    return any(is_of_class(cls, wanted) for wanted in (Activation, *spec.activation_modules))
+
+
+def is_of_class(cls: type[nn.Module], wanted: str | type) -> bool:
+    """Whether a class is ``wanted`` or derived from it, or has it for a name."""
+    return issubclass(cls, wanted) if isinstance(wanted, type) else cls.__name__ == wanted

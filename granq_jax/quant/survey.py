@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.core
 import flax.linen as nn
 import flax.struct
 import flax.traverse_util
 import jax
 
+from granq_jax.errors import InputError
+from granq_jax.quant.calls import applied, einsum_of, first_input, of_calls, own_token
 from granq_jax.quant.collecting import is_array, over_arrays
-from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, layer_call
-
-Interceptor = Callable[..., Any]
-_tokens = itertools.count()
+from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, is_activation, is_of_class, layer_call
+from granq_jax.quant.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +36,43 @@ class Survey:
     layouts: Mapping[str, Layout]
     unknown: Mapping[str, str]
     is_lifted: bool
+
+    def check_matched(self, spec: QuantSpec, name: str) -> None:
+        """Raises an ``InputError`` if a part of ``spec`` matches nothing, or a weight that cannot be quantized.
+
+        Args:
+          spec: how the model is to be quantized.
+          name: of the model's class.
+        """
+        if spec.weight_bits is not None and not self.layouts and not self.unknown:
+            raise InputError(
+                f"QuantSpec.weight_bits: {name} has no parameter named {WEIGHT!r} to quantize: of the layers of "
+                f"flax.linen ({', '.join(layer.__name__ for layer in LAYERS)}) none was called"
+            )
+        if spec.placement == "operand":
+            activations = [path for path, cls in self.calls if issubclass(cls, LAYERS)]
+        else:
+            activations = [path for path, cls in self.calls if is_activation(cls, spec)]
+        if spec.act_bits is not None and not activations:
+            what = "no Activation module" if spec.placement == "activation" else "no convolution or dense layer"
+            raise InputError(
+                f"QuantSpec.placement: {spec.placement!r} matches nothing in {name}: {what} was called. "
+                "Allowed are placement='operand', or placement='activation' with the model's own activation "
+                f"classes named in activation_modules; the layers with weights are {', '.join(self.layouts)}"
+            )
+        for wanted in spec.activation_modules:
+            if not any(is_of_class(cls, wanted) for _, cls in self.calls):
+                raise InputError(
+                    f"QuantSpec.activation_modules: no module of class {wanted!r} was called in {name}; "
+                    f"the activations that were met are {', '.join(activations) or 'none'}"
+                )
+        spec.check_overrides_match([*self.layouts, *self.unknown], activations)
+        for path, reason in self.unknown.items():
+            if spec.at(path).weight_bits is not None:
+                raise InputError(
+                    f"QuantSpec.weight_bits: the weight of {path!r} cannot be quantized: {reason}; leave it in full "
+                    f"precision with the override ({f'^{re.escape(path)}$'!r}, dict(weight_bits=None))"
+                )
 
 
 def surveyed(model: nn.Module, variables: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
@@ -71,99 +107,6 @@ class _Array(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def _surveyed(call: _Call) -> Survey:
     return _survey(call)
-
-
-def applied(
-    model: nn.Module, interceptor: Interceptor, token: str, variables: Any, args: tuple[Any, ...], kwargs: Any
-) -> Any:
-    """``model.apply`` under an interceptor.
-
-    ``nn.jit`` keeps what it has traced, whatever intercepts it; but not if what may be changed differs.
-
-    Args:
-      model: a module.
-      interceptor: see ``nn.intercept_methods``.
-      token: the name of a collection that there is not; calls with one token are taken for equal.
-      variables: of the model.
-      args: of its call.
-      kwargs: of ``apply``.
-    """
-    mutable = kwargs.get("mutable", False)
-    if mutable is True:
-        named: Any = flax.core.DenyList([token])
-    elif isinstance(mutable, flax.core.DenyList):
-        named = flax.core.DenyList([*_names(mutable.deny), token])
-    else:
-        named = [*_names(mutable or ()), token]
-    with nn.intercept_methods(interceptor):
-        outputs, changed = model.apply(variables, *args, **{**kwargs, "mutable": named})
-    if mutable is False:
-        return outputs
-    return outputs, {name: collection for name, collection in changed.items() if name != token}
-
-
-def _names(names: Any) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def own_token() -> str:
-    """A token that no other call has."""
-    return f"granq_jax_{next(_tokens)}"
-
-
-@functools.lru_cache(maxsize=1024)
-def token_of(*how: Any) -> str:
-    """The token of calls that are intercepted in the same way."""
-    return own_token()
-
-
-def of_calls(interceptor: Interceptor) -> Interceptor:
-    """An interceptor of each call of a module alone, once.
-
-    What a class inherits and calls by ``super()`` is part of its own call. A class that a transform has made
-    (``nn.remat(nn.Dense)``) calls the one that it was made of, on arrays as that one sees them: that is the call.
-    """
-    active: list[nn.Module] = []
-
-    def intercept(next_call, args, kwargs, context):
-        module = context.module
-        is_call = context.method_name == "__call__" and module.scope is not None
-        if not is_call or _is_made_by_transform(type(module)) or any(module is other for other in active):
-            return next_call(*args, **kwargs)
-        active.append(module)
-        try:
-            return interceptor(next_call, args, kwargs, context)
-        finally:
-            active.pop()
-
-    return intercept
-
-
-def _is_made_by_transform(cls: type[nn.Module]) -> bool:
-    owner = next(c for c in cls.__mro__ if "__call__" in vars(c))
-    return owner.__module__ == nn.transforms.__name__
-
-
-def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module is called on: its first argument, by position or by name."""
-    return args[0] if args else kwargs.get("inputs", next(iter(kwargs.values()), None))
-
-
-def with_first_input(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a module with another :func:`first_input`."""
-    if args:
-        return (x, *args[1:]), dict(kwargs)
-    name = "inputs" if "inputs" in kwargs else next(iter(kwargs))
-    return (), {**kwargs, name: x}
-
-
-def einsum_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """The string that an ``nn.Einsum`` is called with, if it is one and is."""
-    if not isinstance(module, nn.Einsum):
-        return None
-    return args[1] if len(args) > 1 else kwargs.get("einsum_str")
 
 
 class _Tracked(flax.struct.PyTreeNode, nn.meta.AxisMetadata[Any]):

@@ -9,7 +9,7 @@ import pytest
 from granq_jax.config import make_trainer
 from granq_jax.data.datasets import DATASETS
 from granq_jax.quant import quantize
-from granq_jax.quant.transform import Site
+from granq_jax.quant.sites import Site
 from granq_jax.report import comparison_page, image_grid, read_run, run_page
 from granq_jax.report.page import loss_charts
 from tests.quant.reference import fake_quant
