@@ -57,7 +57,7 @@ def run(context: Context) -> None:
     runs = [parsed(text) for text in context.options.runs or ()] or END_TO_END
     if context.rehearsal:
         digits = {**_REHEARSED, "teacher_training.epochs": "1", "eval_every_epochs": "1"}
-        runs = [Run("digits_w3a3", digits)]
+        runs = [Run("digits_w2a2", digits)]
     for one in runs:
         if context.left < STOPPING + 30:
             print(f"left out: {one.config} {_said(one.settings)}", flush=True)

@@ -226,8 +226,8 @@ def run_name(source: str | os.PathLike) -> str:
     """What runs of the config at a path, or of a name, are called.
 
     Examples:
-      >>> run_name("configs/digits_w3a3.py"), run_name("configs/paper/cifar10_w3a3.py")
-      ('digits_w3a3', 'paper/cifar10_w3a3')
+      >>> run_name("configs/digits_w2a2.py"), run_name("configs/paper/cifar10_w3a3.py")
+      ('digits_w2a2', 'paper/cifar10_w3a3')
     """
     path = Path(source)
     return f"{PAPER}/{path.stem}" if path.parent.name == PAPER else path.stem
@@ -273,15 +273,15 @@ def check_config(config: ConfigDict) -> None:
             raise InputError(f"config.{key}: not set, allowed are {allowed}")
         if not holds(values[key]):
             raise InputError(f"config.{key}: got {values[key]!r}, allowed are {allowed}")
-    if config.student.schedule == "cosine" and config.warmup_epochs >= config.epochs:
-        raise InputError(
-            f"config.student.schedule: got 'cosine' with config.warmup_epochs {config.warmup_epochs} of config.epochs "
-            f"{config.epochs}, which leave the student no step; allowed is 'steps'"
-        )
     if config.warmup_epochs > config.epochs:
         raise InputError(
             f"config.warmup_epochs: got {config.warmup_epochs}, "
             f"allowed are whole numbers up to config.epochs, {config.epochs}"
+        )
+    if config.student.schedule == "cosine" and config.warmup_epochs >= config.epochs:
+        raise InputError(
+            f"config.student.schedule: got 'cosine' with config.warmup_epochs {config.warmup_epochs} of config.epochs "
+            f"{config.epochs}, which leave the student no step; allowed is 'steps'"
         )
     steps = config.epochs * config.steps_per_epoch
     if steps > _MOST_STEPS:

@@ -26,7 +26,7 @@ from tests.fuzzing import NUMBERS, damaged, fuzz
 from tests.pth_files import Call, Raw, Tensor, legacy, pickled, tensors_of, zipped
 
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # files have long reprs
-CONFIG = Path(__file__).parents[1] / "configs" / "digits_w3a3.py"
+CONFIG = Path(__file__).parents[1] / "configs" / "digits_w2a2.py"
 
 # Values as someone may write them.
 literals = st.one_of(
@@ -69,7 +69,7 @@ def is_used_or_refused(*arguments):
 
 @fuzz(st.lists(st.tuples(keys, written), min_size=1, max_size=3), examples=60)
 def test_arguments(settings):
-    is_used_or_refused("--config=digits_w3a3", *(f"--config.{key}={value}" for key, value in settings))
+    is_used_or_refused("--config=digits_w2a2", *(f"--config.{key}={value}" for key, value in settings))
 
 
 @st.composite

@@ -25,7 +25,7 @@ def calls(monkeypatch):
 
 def test_settings_are_overridden_and_typed(calls, tmp_path):
     arguments = ["--config.quant.weight_bits=4", "--config.student.lr=0.5", "--config.decay_epochs=(7, 9)"]
-    assert main(["--config", "digits_w3a3", "--workdir", str(tmp_path), "--config.teacher=a.npz", *arguments]) == 0
+    assert main(["--config", "digits_w2a2", "--workdir", str(tmp_path), "--config.teacher=a.npz", *arguments]) == 0
     ((config, workdir),) = calls
     assert (config.quant.weight_bits, config.student.lr, config.decay_epochs) == (4, 0.5, (7, 9))
     assert config.teacher == "a.npz"
@@ -35,28 +35,28 @@ def test_settings_are_overridden_and_typed(calls, tmp_path):
 def test_the_command_is_put_on_record(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setitem(command.MODES, "train", lambda config, workdir, command, **_: seen.append(command) or {})
-    arguments = ["--config", "digits_w3a3", "--workdir", f"{tmp_path}/a b"]
+    arguments = ["--config", "digits_w2a2", "--workdir", f"{tmp_path}/a b"]
     assert main(arguments) == 0
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "granq_jax.main", *arguments])
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
     assert main() == 0
-    typed = f"--config digits_w3a3 --workdir '{tmp_path}/a b'"
+    typed = f"--config digits_w2a2 --workdir '{tmp_path}/a b'"
     assert seen == [f"granq_jax.main {typed}", f"python -m granq_jax.main {typed}"]
 
 
 def test_the_workdir_is_named_after_the_config(calls):
     for mode in ([], ["--mode=train_teacher"], ["--mode=profile"]):
-        assert main(["--config=configs/digits_w3a3.py", *mode]) == 0
+        assert main(["--config=configs/digits_w2a2.py", *mode]) == 0
     assert [str(workdir) for _, workdir in calls] == [
-        "runs/digits_w3a3",
-        "runs/digits_w3a3_teacher",
-        "runs/digits_w3a3_profile",
+        "runs/digits_w2a2",
+        "runs/digits_w2a2_teacher",
+        "runs/digits_w2a2_profile",
     ]
 
 
 def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quant": {"act_bits": 7}}))
-    for config in ([], ["--config=digits_w3a3"]):
+    for config in ([], ["--config=digits_w2a2"]):
         main(["--mode=evaluate", f"--workdir={tmp_path}", *config, "--config.data_dir=here"])
     for config, _ in calls:
         assert (config.quant.act_bits, config.data_dir) == (7, "here")
@@ -66,17 +66,17 @@ def test_a_run_is_evaluated_with_its_own_settings(calls, tmp_path):
     ("arguments", "words"),
     [
         ([], ["--config", "not given"]),
-        (["--config=nothing"], ["config", "'nothing'", "digits_w3a3"]),
-        (["--config=digits_w3a3", "--config.quant.bits=3"], ["quant.bits"]),
-        (["--config=digits_w3a3", "--config.quant.act_bits=three"], ["quant.act_bits", "three"]),
-        (["--config=digits_w3a3", "--config.quant.act_bits=9"], ["config.quant.act_bits", "9", "2 to 8"]),
-        (["--config=digits_w3a3", "--steps=9"], ["steps"]),
-        (["--config=digits_w3a3", "9"], ["arguments", "9"]),
-        (["--config=digits_w3a3", "--subject=both"], ["--subject", "'both'", "--mode=evaluate"]),
-        (["--config=digits_w3a3", "--overwrite", "--mode=train_teacher"], ["--overwrite", "--mode=train"]),
-        (["--config=digits_w3a3", "--compilation-cache=/dev/null/a"], ["--compilation-cache", "/dev/null/a", "off"]),
+        (["--config=nothing"], ["config", "'nothing'", "digits_w2a2"]),
+        (["--config=digits_w2a2", "--config.quant.bits=3"], ["quant.bits"]),
+        (["--config=digits_w2a2", "--config.quant.act_bits=three"], ["quant.act_bits", "three"]),
+        (["--config=digits_w2a2", "--config.quant.act_bits=9"], ["config.quant.act_bits", "9", "2 to 8"]),
+        (["--config=digits_w2a2", "--steps=9"], ["steps"]),
+        (["--config=digits_w2a2", "9"], ["arguments", "9"]),
+        (["--config=digits_w2a2", "--subject=both"], ["--subject", "'both'", "--mode=evaluate"]),
+        (["--config=digits_w2a2", "--overwrite", "--mode=train_teacher"], ["--overwrite", "--mode=train"]),
+        (["--config=digits_w2a2", "--compilation-cache=/dev/null/a"], ["--compilation-cache", "/dev/null/a", "off"]),
         (["--mode=evaluate", "--workdir=nowhere"], ["--workdir", "'nowhere'"]),
-        (["--mode=evaluate", "--config=digits_w3a3", "--workdir=nowhere"], ["config.teacher", "'nowhere'"]),
+        (["--mode=evaluate", "--config=digits_w2a2", "--workdir=nowhere"], ["config.teacher", "'nowhere'"]),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(capsys, arguments, words, tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_run_that_ends_early_says_so_in_one_line(capsys, monkeypatch, ends, st
         raise ends
 
     monkeypatch.setitem(command.MODES, "train", end)
-    assert main(["--config=digits_w3a3"]) == status
+    assert main(["--config=digits_w2a2"]) == status
     assert capsys.readouterr() == ("", line + "\n")
 
 
@@ -124,14 +124,14 @@ def test_errors_that_a_library_has_left_behind_do_not_follow_the_line(capsys, mo
             raise RunError("the disk is full") from error
 
     monkeypatch.setitem(command.MODES, "train", stop)
-    assert main(["--config=digits_w3a3"]) == 1
+    assert main(["--config=digits_w2a2"]) == 1
     gc.collect()
     assert capsys.readouterr().err == "error: the disk is full\n"
 
 
 def test_a_signal_ends_any_mode(capsys, monkeypatch):
     monkeypatch.setitem(command.MODES, "train_teacher", lambda *_: signal.raise_signal(signal.SIGTERM))
-    assert main(["--config=digits_w3a3", "--mode=train_teacher"]) == 143
+    assert main(["--config=digits_w2a2", "--mode=train_teacher"]) == 143
     assert capsys.readouterr().err == "interrupted by SIGTERM\n"
 
 
@@ -161,20 +161,20 @@ def cache_settings():
 def test_compiled_programs_are_kept_where_asked(calls, cache_settings, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     told = jax.config.jax_compilation_cache_dir
-    assert main(["--config=digits_w3a3"]) == 0
+    assert main(["--config=digits_w2a2"]) == 0
     assert jax.config.jax_compilation_cache_dir == told  # what JAX was told stays
 
     jax.config.update("jax_compilation_cache_dir", None)
-    assert main(["--config=digits_w3a3"]) == 0
+    assert main(["--config=digits_w2a2"]) == 0
     (kept,) = (tmp_path / "user" / "granq-jax" / "compiled").iterdir()
     assert jax.config.jax_compilation_cache_dir == str(kept)
     assert jax.config.jax_compilation_cache_max_size > 0
 
     monkeypatch.chdir(tmp_path)
-    assert main(["--config=digits_w3a3", "--compilation-cache=here"]) == 0
+    assert main(["--config=digits_w2a2", "--compilation-cache=here"]) == 0
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "here")
 
-    assert main(["--config=digits_w3a3", "--compilation-cache=off"]) == 0
+    assert main(["--config=digits_w2a2", "--compilation-cache=off"]) == 0
     assert not jax.config.jax_enable_compilation_cache
 
 
@@ -182,7 +182,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(calls, cache_settings, monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     jax.config.update("jax_compilation_cache_dir", None)
-    assert main(["--config=digits_w3a3"]) == 0
+    assert main(["--config=digits_w2a2"]) == 0
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -193,4 +193,4 @@ def test_a_fault_of_the_package_is_not_taken_for_bad_input(monkeypatch, tmp_path
 
     monkeypatch.setitem(command.MODES, mode, fail)
     with pytest.raises(ValueError, match="deep inside"):
-        main([f"--mode={mode}", "--config=digits_w3a3", f"--workdir={tmp_path}"])
+        main([f"--mode={mode}", "--config=digits_w2a2", f"--workdir={tmp_path}"])

@@ -42,7 +42,7 @@ RUN = """
 from granq_jax.main import main
 arguments = ["--compilation-cache=off", f"--workdir={sys.argv[1]}"]
 steps = ["--config.epochs=1", "--config.steps_per_epoch=2", "--config.warmup_epochs=0"]
-assert main(["--config=digits_w3a3", *arguments, *steps, f"--config.teacher={sys.argv[2]}"]) == 0
+assert main(["--config=digits_w2a2", *arguments, *steps, f"--config.teacher={sys.argv[2]}"]) == 0
 assert main(["--mode=export", *arguments]) == 0
 """
 

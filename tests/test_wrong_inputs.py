@@ -17,7 +17,7 @@ from granq_jax import main as command
 from tests.files.test_tensor_files import state_dict
 from tests.pth_files import tensors_of, zipped
 
-DIGITS = "--config=digits_w3a3"
+DIGITS = "--config=digits_w2a2"
 RUN = f"--workdir={Path('new') / 'run'}"
 MAX_SECONDS = 5
 
@@ -130,7 +130,7 @@ COMMAND = {
     "stray argument": ([DIGITS, RUN, "3"], ("'3'", "--help")),
     "cache in a file": ([DIGITS, RUN, "--compilation-cache=f/c"], ("--compilation-cache", "f/c"), {"f": b""}),
     # Config files.
-    "config that is missing": (["--config=none.py", RUN], ("config", "none.py", "digits_w3a3")),
+    "config that is missing": (["--config=none.py", RUN], ("config", "none.py", "digits_w2a2")),
     "config of another kind": config_file("seed: 0", "mine.yaml", ".json", suffix=".yaml"),
     "config that is a directory": (["--config=d.py", RUN], ("config", "d.py"), {"d.py": None}),
     "config with a name too long": ([f"--config={'a' * 300}.py", RUN], ("config", "allowed")),

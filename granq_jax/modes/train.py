@@ -67,8 +67,8 @@ def train_and_evaluate(
 
     Example::
 
-      config = load_config("digits_w3a3")
-      result = train_and_evaluate(config, "runs/digits_w3a3")
+      config = load_config("digits_w2a2")
+      result = train_and_evaluate(config, "runs/digits_w2a2")
       print(result["teacher_top1"], result["student_top1"])
     """
 

@@ -227,7 +227,7 @@ def test_runs_are_parsed():
     assert runs.parsed("cifar10_w3a3,seed=1,quant.impl=xla") == runs.Run(
         "cifar10_w3a3", {"seed": "1", "quant.impl": "xla"}
     )
-    assert runs.parsed("digits_w3a3") == runs.Run("digits_w3a3", {})
+    assert runs.parsed("digits_w2a2") == runs.Run("digits_w2a2", {})
 
 
 def test_a_part_that_takes_too_long_is_ended(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_paths_take_the_place_of_the_names_that_are_printed(table):
 def test_a_cell_is_run_and_goes_on_where_it_was_broken_off(table, monkeypatch, tmp_path):
     monkeypatch.setattr(table, "TABLE", tmp_path / "results" / "table.csv")
     settings = {"epochs": 2, "steps_per_epoch": 4, "warmup_epochs": 1, "teacher_training.epochs": 1}
-    cell = table.Cell("digits_w3a3", "adadfq", settings | {"teacher_training.small_epochs": 0})
+    cell = table.Cell("digits_w2a2", "adadfq", settings | {"teacher_training.small_epochs": 0})
     assert not table.run(cell, {"DIR": ""}, tmp_path, deadline=time.monotonic() + 1)
     assert table.rows() == {}
     assert table.run(cell, {"DIR": ""}, tmp_path, deadline=float("inf"))

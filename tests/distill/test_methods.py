@@ -42,7 +42,7 @@ def test_a_method_takes_the_place_of_another(before):
 
 def test_an_unknown_method_is_refused():
     with one_line_error(ValueError, "method", "'dfq'", "'granq'", "'akt'"):
-        set_method(load_config("digits_w3a3"), "dfq")
+        set_method(load_config("digits_w2a2"), "dfq")
 
 
 def test_a_config_without_all_settings_takes_a_method_or_says_why_not():
@@ -63,7 +63,7 @@ def test_the_command_takes_a_method_and_what_is_said_beside_it_wins(tmp_path, mo
     monkeypatch.setitem(
         main.__globals__["MODES"], "train", lambda config, workdir, **_: seen.update(flat(config)) or {}
     )
-    arguments = ["--config", "digits_w3a3", "--workdir", str(tmp_path / "run"), "--compilation-cache=off"]
+    arguments = ["--config", "digits_w2a2", "--workdir", str(tmp_path / "run"), "--compilation-cache=off"]
     assert main([*arguments, "--method", "gdfq", "--config.loss.gamma=0.5"]) == 0
     assert (seen["loss.objective"], seen["loss.gamma"], seen["quant.act_ranges"]) == ("gdfq", 0.5, "moving_average")
     assert main([*arguments, "--method", "zeroq"]) == 2

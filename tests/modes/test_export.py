@@ -18,13 +18,14 @@ from granq_jax.quant.weights import quantize_params
 from granq_jax.runs.checkpoint import Checkpoints
 from granq_jax.runs.student import state_of_run
 from tests.conftest import one_line_error
+from tests.digits import digits
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A run of no steps, exported by the command."""
     workdir = tmp_path_factory.mktemp("export") / "run"
-    config = load_config("digits_w3a3")
+    config = digits()
     trainer = make_trainer(config)
     images = np.zeros((1, 8, 8, 1), np.float32)
     with Checkpoints(workdir) as checkpoints:
@@ -73,5 +74,5 @@ def test_the_packed_variables_are_those_of_the_student(exported):
 
 def test_a_workdir_without_a_run_is_refused(tmp_path):
     with one_line_error(ValueError, "workdir", "no checkpoint"):
-        export_run(load_config("digits_w3a3"), tmp_path / "none")
+        export_run(load_config("digits_w2a2"), tmp_path / "none")
     assert not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ def test_the_mode_prints_ten_ops_and_leaves_a_trace(tmp_path, capsys):
     write_run(tmp_path / "run")
     teacher = tmp_path / "run" / "given.safetensors"
     workdir = tmp_path / "profiled"
-    arguments = ["--config=digits_w3a3", "--mode=profile", f"--workdir={workdir}", f"--config.teacher={teacher}"]
+    arguments = ["--config=digits_w2a2", "--mode=profile", f"--workdir={workdir}", f"--config.teacher={teacher}"]
     # The settings of the tests of whole runs, whose program needs to be compiled only once then.
     arguments += ["--config.batch_size=8", "--config.epochs=3", "--config.steps_per_epoch=4"]
     arguments += ["--config.warmup_epochs=1", "--config.decay_epochs=(2,)"]

@@ -21,7 +21,7 @@ MEASURED = ("seconds_per_step", "compile_seconds", "peak_rss_mb")
 SETTINGS = {
     **{"epochs": 5, "steps_per_epoch": 40, "warmup_epochs": 1, "decay_epochs": (3,), "batch_size": 16},
     **{"eval_every_epochs": 2, "checkpoint_every_epochs": 1, "log_every_steps": 9},
-    **{"teacher_training.epochs": 3, "student.ema_decay": 0.9},
+    **{"teacher_training.epochs": 3, "student.ema_decay": 0.9, "student.schedule": "steps"},
 }
 
 
@@ -29,7 +29,7 @@ def command(workdir, *arguments, **settings):
     cache = jax.config.jax_compilation_cache_dir  # restarts share compiled programs, as they do by default
     settings = [f"--config.{key}={value}" for key, value in (SETTINGS | settings).items()]
     arguments = (f"--workdir={workdir}", f"--compilation-cache={cache}", *settings, *arguments)
-    return [sys.executable, "-m", "granq_jax.main", "--config=digits_w3a3", *arguments]
+    return [sys.executable, "-m", "granq_jax.main", "--config=digits_w2a2", *arguments]
 
 
 def complete(workdir, *arguments, status=0, **settings):

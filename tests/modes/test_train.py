@@ -29,6 +29,7 @@ from granq_jax.runtime.devices import place
 from granq_jax.runtime.stopping import Interrupted
 from granq_jax.teachers.torch_import import torch_name
 from tests.conftest import one_line_error
+from tests.digits import digits
 from tests.runs.test_checkpoint import largest_file
 from tests.runs.test_metrics import read_events, summaries
 
@@ -42,7 +43,7 @@ TRAIN_LINE = ["step", "epoch", "loss_g", "loss_s", "hinge", "onehot", "bns", "lr
 
 
 def tiny_config(**changes):
-    config = load_config("digits_w3a3")
+    config = digits()
     config.epochs, config.steps_per_epoch, config.warmup_epochs = 3, 4, 1
     config.batch_size, config.log_every_steps, config.eval_every_epochs = 8, 3, 2
     config.teacher_training.epochs, config.teacher_training.small_epochs = 2, 0

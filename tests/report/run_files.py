@@ -6,17 +6,17 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from granq_jax import load_config
 from granq_jax.config import make_trainer
 from granq_jax.files.writing import write_json
 from granq_jax.runs.checkpoint import Checkpoints, save_variables
 from granq_jax.runs.record import record_start
+from tests.digits import digits
 
 
 def write_run(workdir, command="", finished=True, **changes):
     """Writes the files of a run of two epochs; returns its config, teacher and last state."""
     workdir.mkdir(parents=True)
-    config = load_config("digits_w3a3")
+    config = digits()
     config.epochs, config.steps_per_epoch, config.warmup_epochs = 2, 10, 1
     config.teacher = str(workdir / "given.safetensors")
     config.update_from_flattened_dict(changes)

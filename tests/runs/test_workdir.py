@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from granq_jax import load_config, train_and_evaluate
+from granq_jax import train_and_evaluate
 from granq_jax.config import CHECKS
 from granq_jax.modes.train_teacher import train_teacher
 from granq_jax.runs.record import record_start
@@ -19,10 +19,11 @@ from granq_jax.runs.workdir import (
     teacher_is_of_run,
 )
 from tests.conftest import one_line_error
+from tests.digits import digits
 
 
 def config_with(**changes):
-    config = load_config("digits_w3a3")
+    config = digits()
     config.update_from_flattened_dict(changes)
     return config
 

@@ -107,7 +107,7 @@ def test_the_command_and_the_report_say_so_in_a_line(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "nonsense"}
     (tmp_path / "config.json").write_text("{}")
     for arguments in (
-        ["granq_jax.main", "--config=digits_w3a3", "--workdir=run", "--config.eval=none", "--config.teacher=train"],
+        ["granq_jax.main", "--config=digits_w2a2", "--workdir=run", "--config.eval=none", "--config.teacher=train"],
         ["granq_jax.report", "."],
     ):
         ended = subprocess.run(

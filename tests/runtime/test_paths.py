@@ -36,7 +36,7 @@ def home(tmp_path, monkeypatch):
 
 
 def config_with(**changes):
-    config = load_config("digits_w3a3")
+    config = load_config("digits_w2a2")
     config.update_from_flattened_dict(changes)
     return config
 
@@ -78,7 +78,7 @@ def test_programs_are_kept_there(home, told):
 def test_the_command_has_its_directory_there(home, monkeypatch):
     given = []
     monkeypatch.setitem(command.MODES, "train_teacher", lambda config, workdir: given.append(workdir) or {})
-    assert command.main(["--config=digits_w3a3", "--mode=train_teacher", "--workdir=~/runs/a"]) == 0
+    assert command.main(["--config=digits_w2a2", "--mode=train_teacher", "--workdir=~/runs/a"]) == 0
     assert given == [home / "runs" / "a"]
 
 

@@ -115,7 +115,7 @@ def slurm(address, process):
 def test_a_config_that_differs_is_refused_by_every_process_and_writes_nothing(tmp_path):
     address, workdir = free_address(), tmp_path / "run"
     commands = [
-        [*COMMAND, "--config=digits_w3a3", f"--workdir={workdir}", f"--config.seed={process}", "--distributed"]
+        [*COMMAND, "--config=digits_w2a2", f"--workdir={workdir}", f"--config.seed={process}", "--distributed"]
         for process in (0, 1)
     ]
     environments = [slurm(address, process) for process in (0, 1)]
@@ -159,7 +159,7 @@ def test_unequal_numbers_of_devices_are_refused(monkeypatch):
 
 
 def test_what_no_cluster_tells_must_be_given(tmp_path):
-    line = [*COMMAND, "--config=digits_w3a3", f"--workdir={tmp_path / 'run'}"]
+    line = [*COMMAND, "--config=digits_w2a2", f"--workdir={tmp_path / 'run'}"]
     commands = [[*line, "--distributed"], [*line, "--coordinator-address=127.0.0.1:1", "--num-processes=2"]]
     statuses, outputs = finish(start(commands, tmp_path), tmp_path)
     assert statuses == [2, 2]

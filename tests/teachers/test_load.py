@@ -19,10 +19,11 @@ from granq_jax.runs.checkpoint import save_variables
 from granq_jax.teachers.load import check_loads, check_teacher, load_teacher, zoo
 from granq_jax.teachers.torch_names import namings
 from tests.conftest import one_line_error
+from tests.digits import digits
 
 
 def tiny_config(**changes):
-    config = load_config("digits_w3a3")
+    config = digits()
     config.teacher_training.epochs = 4
     config.teacher_training.small_epochs, config.teacher_training.small_size = 2, 6
     config.update_from_flattened_dict(changes)
