@@ -6,10 +6,11 @@ And which modules are activations.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 
 from granq_jax.models.layers import Activation
 from granq_jax.quant.grouping import Grouping, plain_grouping
@@ -17,6 +18,12 @@ from granq_jax.quant.spec import QuantSpec, kept_axes
 
 LAYERS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 WEIGHT = "kernel"  # what the weight of each of them is called
+
+
+def kernels(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that are called what weights are, by the ``/``-joined path of their module."""
+    flat = flax.traverse_util.flatten_dict(params)
+    return {"/".join(keys[:-1]): leaf for keys, leaf in flat.items() if keys[-1] == WEIGHT}
 
 
 @dataclasses.dataclass(frozen=True)

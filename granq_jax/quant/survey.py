@@ -16,7 +16,7 @@ import jax
 from granq_jax.errors import InputError
 from granq_jax.quant.calls import applied, einsum_of, first_input, of_calls, own_token
 from granq_jax.quant.collecting import is_array, over_arrays
-from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, is_activation, is_of_class, layer_call
+from granq_jax.quant.layers import LAYERS, WEIGHT, Layout, is_activation, is_of_class, kernels, layer_call
 from granq_jax.quant.spec import QuantSpec
 
 
@@ -166,7 +166,7 @@ def _survey(call: _Call) -> Survey:
     leaves = [_shape(x) if isinstance(x, _Array) else x for x in call.leaves]
     arguments = jax.tree.unflatten(call.tree, leaves)
     trace(lambda variables: variables)
-    shapes = _shapes(arguments[0])
+    shapes = {path: leaf.shape for path, leaf in kernels(arguments[0].get("params", {})).items()}
     cut = [path for path, shape in shapes_met.items() if shape != shapes.get(path)]
     if cut:
         for path in cut:
@@ -187,11 +187,6 @@ def _shape(x):
     """Shape and dtype of ``x`` as JAX takes it: NumPy's float64 is float32 to it, unless it is told otherwise."""
     is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
     return jax.ShapeDtypeStruct(x.shape, x.dtype if is_key else jax.dtypes.canonicalize_dtype(x.dtype))
-
-
-def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    flat = flax.traverse_util.flatten_dict(variables.get("params", {}))
-    return {"/".join(path[:-1]): leaf.shape for path, leaf in flat.items() if path[-1] == WEIGHT}
 
 
 def _boxed(variables: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

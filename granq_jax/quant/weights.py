@@ -20,7 +20,7 @@ import jax
 
 from granq_jax.quant.affine import QuantizedArray, quantize_codes
 from granq_jax.quant.fake_quant import fake_quant
-from granq_jax.quant.layers import WEIGHT, Layout, plain_layout, weight_grouping
+from granq_jax.quant.layers import WEIGHT, Layout, kernels, plain_layout, weight_grouping
 from granq_jax.quant.ranges import codes_within, fake_quant_within, of_least_error
 from granq_jax.quant.spec import QuantSpec
 
@@ -33,9 +33,7 @@ def plain_layouts(params: Mapping[str, Any]) -> dict[str, Layout]:
       >>> list(plain_layouts({"head": {"kernel": np.ones((4, 2)), "bias": np.ones(2)}}))
       ['head']
     """
-    flat = _flat(params)
-    kernels = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == WEIGHT and leaf.ndim >= 2}
-    return {"/".join(path): plain_layout(leaf.ndim) for path, leaf in kernels.items()}
+    return {path: plain_layout(leaf.ndim) for path, leaf in kernels(params).items() if leaf.ndim >= 2}
 
 
 def weight_paths(params: Mapping[str, Any], layouts: Mapping[str, Layout] | None = None) -> dict[str, Any]:
@@ -52,8 +50,7 @@ def weight_paths(params: Mapping[str, Any], layouts: Mapping[str, Layout] | None
       ['head']
     """
     layouts = plain_layouts(params) if layouts is None else layouts
-    flat = {"/".join(path[:-1]): leaf for path, leaf in _flat(params).items() if path[-1] == WEIGHT}
-    return {path: leaf for path, leaf in flat.items() if path in layouts}
+    return {path: leaf for path, leaf in kernels(params).items() if path in layouts}
 
 
 def quantize_params(
@@ -97,7 +94,8 @@ def quantize_params(
             y = fake_quant(x, bits=site.weight_bits, granularity=granularity, impl=impl)
         return grouping.split(y, leaf.shape)
 
-    return flax.traverse_util.unflatten_dict({keys: quantized(keys, leaf) for keys, leaf in _flat(params).items()})
+    flat = flax.traverse_util.flatten_dict(params)
+    return flax.traverse_util.unflatten_dict({keys: quantized(keys, leaf) for keys, leaf in flat.items()})
 
 
 def quantize_weight(weight: jax.Array, site: QuantSpec, layout: Layout | None = None) -> QuantizedArray | None:
@@ -114,18 +112,12 @@ def quantize_weight(weight: jax.Array, site: QuantSpec, layout: Layout | None = 
     return jax.tree.map(lambda part: grouping.split(part, weight.shape), q)
 
 
-def weight_range(weight: jax.Array, site: QuantSpec, layout: Layout | None = None) -> jax.Array | None:
+def weight_range(weight: jax.Array, site: QuantSpec, layout: Layout) -> jax.Array | None:
     """The range to quantize the plain form of a weight in, as :mod:`granq_jax.quant.ranges` has it.
 
     ``None`` for all of its values.
     """
     if site.weight_ranges == "minmax" or site.weight_bits is None:
         return None
-    layout = plain_layout(weight.ndim) if layout is None else layout
     grouping, granularity = weight_grouping(layout, site.weight_granularity)
     return of_least_error(grouping.merged(weight), granularity, site.weight_bits)
-
-
-def _flat(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    flat: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(params)
-    return flat
