@@ -1,1 +1,3 @@
-"""Real images, to evaluate on and to train teachers: data sets, readers, accuracy."""
+"""Real images, to evaluate on and to train teachers: data sets, their readers, splits."""
+
+from granq_jax.data.datasets import load_split as load_split
