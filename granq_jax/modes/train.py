@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from granq_jax.config import TRAIN_A_TEACHER, make_trainer
-from granq_jax.distill import guard
 from granq_jax.distill.joint_run import JointRun
-from granq_jax.distill.trainer import Variables
 from granq_jax.errors import InputError, RunError, reading_input
 from granq_jax.files.writing import write_json, write_text
 from granq_jax.modes.loop import Loop
 from granq_jax.modes.opening import opened
-from granq_jax.quant import effective_weight_bits
-from granq_jax.report import Inspection, RunRecord, run_page, run_record
+from granq_jax.modes.result import result_of
+from granq_jax.report import RunRecord, run_page, run_record
 from granq_jax.runs import names
-from granq_jax.runs.accuracy import percentages
 from granq_jax.runs.checkpoint import Checkpoints, digest
 from granq_jax.runs.notes import RunNotes
-from granq_jax.runs.record import describe, peak_rss_mb, record_start, versions
+from granq_jax.runs.record import record_start
 from granq_jax.runs.workdir import check_workdir, finished_result, locked, note_config, remove_run, teacher_is_of_run
 from granq_jax.runtime.processes import from_first, interruptible_together, is_first, together
 from granq_jax.runtime.stopping import interruptible
@@ -109,7 +104,7 @@ def train_and_evaluate(
                 with interruptible_together(interruption) as interruption:
                     loop = Loop(config, workdir, run, notes, checkpoints, interruption)
                     step, inspection = loop.complete(teacher, split)
-                result = _result(config, run, notes, teacher, 0 if split is None else len(split), step, inspection)
+                result = result_of(config, run, notes, teacher, 0 if split is None else len(split), step, inspection)
                 if is_first():
                     _write_report(run_record(workdir, config, result, result["steps"], inspection))
                 write_json(workdir / names.RESULT, result)
@@ -137,42 +132,3 @@ def _write_report(run: RunRecord) -> None:
         write_text(run.workdir / names.REPORT, run_page(run))
     except Exception as error:  # the result of a long run is not lost over its report
         _LOGGER.warning("there is no report: %s; try `python -m granq_jax.report %s`", error, run.workdir)
-
-
-def _result(
-    config: ConfigDict,
-    run: JointRun,
-    notes: RunNotes,
-    teacher: Variables,
-    eval_examples: int,
-    step: int,
-    inspection: Inspection,
-) -> dict[str, Any]:
-    """What ``result.json`` holds of a run whose result is the student of ``step``, as ``inspection`` shows it."""
-    return {
-        **describe(config),
-        "eval_examples": eval_examples,
-        "effective_weight_bits": effective_weight_bits(teacher["params"], run.trainer.spec),
-        "effective_act_bits": inspection.activation_storage.effective_bits,
-        "storage_bytes": inspection.storage,
-        "activation_bytes": inspection.activation_storage.bytes,
-        "quantized_shares": inspection.shares._asdict(),
-        "teacher": config.teacher,
-        **percentages("teacher", notes.teacher_accuracy),
-        **percentages("student", notes.accuracy_before, "_before"),
-        **percentages("student", notes.evaluations.get(step)),
-        "chosen_step": step,
-        "broke_down_after": guard.breakdown(notes.scores),
-        "guard": [{"step": at, **score._asdict()} for at, score in sorted(notes.scores.items())],
-        "best_top1": None if notes.best_step is None else notes.evaluations[notes.best_step].top1,
-        "best_step": notes.best_step,
-        "best_picked_on": None if notes.best_step is None else "the test set",
-        "steps": run.step,
-        "skipped_steps": notes.skipped_steps,
-        "seconds_per_step": statistics.median(notes.seconds_per_step),
-        "compile_seconds": notes.compile_seconds,
-        "peak_rss_mb": peak_rss_mb(),
-        "devices": [str(device) for device in run.devices],
-        "processes": jax.process_count(),
-        "versions": versions(),
-    }
