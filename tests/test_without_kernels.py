@@ -52,6 +52,7 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
 
 
+@pytest.mark.slow
 def test_as_a_library():
     finished = run(AS_A_LIBRARY)
     pallas, interpreted = finished.stdout.splitlines()
@@ -71,6 +72,7 @@ def exported(tmp_path_factory):
     return folder / "run", run(RUN, str(folder / "run"), str(folder / "teacher.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_run_and_its_export(exported):
     workdir, finished = exported
     assert json.loads((workdir / "result.json").read_text())["steps"] == 2

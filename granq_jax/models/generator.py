@@ -219,8 +219,9 @@ class Generator(nn.Module):
       >>> import jax
       >>> z, labels = jax.numpy.ones((2, 100)), jax.numpy.array([0, 7])
       >>> generator = Generator(classes=10, image_size=8, channels=1)
-      >>> variables = generator.init(jax.random.key(0), z, labels)
-      >>> images, updates = generator.apply(variables, z, labels, mutable=["batch_stats"])
+      >>> variables = jax.jit(generator.init)(jax.random.key(0), z, labels)
+      >>> apply = jax.jit(generator.apply, static_argnames="mutable")
+      >>> images, updates = apply(variables, z, labels, mutable="batch_stats")
       >>> images.shape
       (2, 8, 8, 1)
     """

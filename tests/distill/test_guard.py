@@ -73,6 +73,7 @@ def test_held_out_images_are_three_sources_and_always_the_same(network):
     assert (moved != plain).any(axis=(1, 2, 3)).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_the_score_is_the_worst_median_of_the_relative_variance(network):
     trainer, teacher = network
     images = guard.held_out_images(trainer, trainer.init(teacher).generator)
@@ -111,6 +112,7 @@ def scripted(errors):
     return lambda trainer, teacher, images: lambda variables: guard.Score(next(left), 90.0)
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_down_ends_and_gives_the_student_before(teacher_file, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(granq_jax.modes.loop.guard, "scorer", scripted([0.5, 0.3, 1.2]))
     changes = {"teacher": teacher_file, "epochs": 6, "eval_every_epochs": 1, "keep_best": False, "keep_checkpoints": 1}

@@ -230,6 +230,7 @@ def test_steps_go_on_from_a_state(teacher):
     chex.assert_trees_all_equal(jax.device_get(rest.state), jax.device_get(whole.state))
 
 
+@pytest.mark.slow
 def test_a_generator_that_does_not_look_at_the_student_takes_the_same_step(x64, teacher):
     """The way through the student is left out where its weight is 0; with a weight of nearly 0 it is not."""
     teacher = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), teacher)

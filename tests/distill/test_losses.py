@@ -55,6 +55,7 @@ def test_the_hinge_finds_its_least_entropy_without_comparing_floats():
     assert not compared
 
 
+@pytest.mark.slow
 def test_the_hinge_over_a_mapped_batch_is_that_of_the_whole(x64):
     rng = np.random.default_rng(0)
     teacher, student = (jnp.asarray(rng.standard_normal((8, 10))) for _ in range(2))

@@ -37,6 +37,7 @@ def run_alone(program, images, folder):
     return np.load(folder / "logits.npy")
 
 
+@pytest.mark.slow
 def test_a_program_computes_the_students_logits_in_a_process_without_the_package(tmp_path, x64):
     model, spec = create_model("resnet8_digits"), QuantSpec(weight_bits=3, act_bits=3)
     variables = jax.jit(model.init)(jax.random.key(0), DIGITS.normalise(PIXELS).astype(np.float64))

@@ -66,6 +66,7 @@ def fits(layer):
     return all(span <= size for span, size in zip(spans, sizes, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(layers())
 def test_sums_of_convolutions_are_exact(layer):

@@ -40,6 +40,7 @@ def test_the_range_is_that_of_a_search_in_numpy(x64, bits, granularity):
     assert max(chosen) > 0
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     st.integers(2, 8),
@@ -82,6 +83,7 @@ def test_codes_stand_for_what_the_fake_quantizer_computes():
     assert quantize_weight(weight, QuantSpec(weight_bits=None, weight_ranges="mse")) is None
 
 
+@pytest.mark.slow
 def test_a_model_and_what_is_observed_of_it_use_them(x64):
     model, spec = nn.Dense(6), QuantSpec(act_bits=None, placement="operand", weight_ranges="mse")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 40)))

@@ -14,6 +14,7 @@ def workdirs(tmp_path_factory):
     return root / "a", root / "b"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_has_a_report(workdirs, capsys):
     assert main([str(workdirs[1])]) == 0
     page = (workdirs[1] / "report.html").read_text()

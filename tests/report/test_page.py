@@ -150,6 +150,7 @@ def test_losses_that_were_not_finite_leave_a_gap(made):
     check_self_contained(run_page(run._replace(metrics=lines)))
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(made, tmp_path):
     write_run(tmp_path / "other", **{"quant.act_granularity": "tensor", "seed": 5})
     runs = [made[0], read_run(tmp_path / "other")]

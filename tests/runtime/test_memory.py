@@ -58,6 +58,7 @@ def test_the_collector_rests_within_and_is_as_before_after(collects):
         (gc.enable if was_on else gc.disable)()
 
 
+@pytest.mark.slow
 def test_temporaries_are_kept_from_run_to_run(tmp_path):
     """Page faults of a run: as many as its temporaries have pages, unless their memory is kept."""
 

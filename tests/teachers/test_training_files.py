@@ -435,6 +435,7 @@ def test_a_mobilenet_in_own_names_is_read_as_it_was_built(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, load_torch(MOBILENET, tmp_path / "own.safetensors"), variables)
 
 
+@pytest.mark.slow
 def test_a_model_computes_what_its_variables_are_of():
     """The first 1x1 convolution and the head's bias count where they are, and only there."""
     model, images = create_model(MOBILENET), np.ones((1, 32, 32, 3), np.float32)

@@ -48,6 +48,7 @@ def test_what_a_kernel_moves(monkeypatch):
     assert "NaN" not in faults
 
 
+@pytest.mark.slow
 def test_cases_are_those_of_the_networks():
     found = cases()
     assert len(found) == len(set(found))
