@@ -60,5 +60,5 @@ def test_a_cell_is_run_and_goes_on_where_it_was_broken_off(table, monkeypatch, t
     row = table.rows()[cell.name]
     assert (row["steps"], row["config.quant.act_ranges"], row["eval_examples"]) == ("8", "moving_average", "360")
     assert json.loads(row["top1_by_epoch"])["2"] == float(row["student_top1"])
-    assert row["effective_act_bits"] == "3.0"
+    assert row["effective_act_bits"] == "2.0"
     assert f"**{float(row['student_top1']):.2f}**" in table.rendered(table.rows(), [cell])

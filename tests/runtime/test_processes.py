@@ -21,6 +21,7 @@ COMMAND = [sys.executable, "-m", "granq_jax.main"]
 
 TALK = """
 import sys
+from granq_jax.errors import InputError
 from granq_jax.runtime.processes import check_alike, from_first, is_first, join, together
 
 address, process = sys.argv[1], int(sys.argv[2])
@@ -50,15 +51,15 @@ def both(*messages):
     return messages[process]
 
 assert message(block, None, None) is None
-assert message(block, 1, OSError("full")) == both("ValueError: process 1: full", "OSError: full")
+assert message(block, 1, OSError("full")) == both("RunError: process 1: full", "OSError: full")
 assert message(block, 0, KeyError()) == both("KeyError: ", "RunError: process 0: KeyError")
 def fail():
-    raise ValueError("mine")
-assert message(from_first, fail) == both("ValueError: mine", "ValueError: process 0: mine")
+    raise InputError("mine")
+assert message(from_first, fail) == both("InputError: mine", "InputError: process 0: mine")
 check_alike({"config.a": (1, 2), "config.b": "x"})
 refused = message(check_alike, {"config.a": 1, "config.b": process})
 assert refused == (
-    "ValueError: config.b: got 0 in process 0 and 1 in process 1, allowed is the same value in every process"
+    "InputError: config.b: got 0 in process 0 and 1 in process 1, allowed is the same value in every process"
 ), refused
 assert "config.c: got nothing in process 0 and 1" in message(check_alike, {"config.c": 1} if process else {})
 print("said all")
